@@ -1,0 +1,55 @@
+"""Every knob, with its default: the other configs start from here. Override any by --config.FIELD=VALUE."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tsparse.models.config import PRESETS
+
+
+def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
+  model = dataclasses.asdict(PRESETS[preset])
+  config = ConfigDict()
+  config.name = name  # names the default workdir, runs/NAME
+  config.seed = 0  # of the initial parameters and of the order of the data
+  config.init = ""  # a workdir to start from (its activation is swapped to ours), or "" for random parameters
+  config.activation = model.pop("activation")  # swiglu, geglu, relu, relu2, drelu, shifted_relu:B, fatrelu:T
+  config.smaller = ""  # the config to suggest where this one does not fit
+
+  config.model = ConfigDict(model)  # fields: tsparse/models/config.py
+
+  config.data = ConfigDict()
+  config.data.train = "stdlib"  # a .jsonl or .txt file or folder, or the name of a seqio task or mixture
+  config.data.validation = ""  # the same, or "" for the held-out split of `train`
+  config.data.vocabulary = "bytes"  # or a SentencePiece model file
+
+  config.train = ConfigDict()
+  config.train.steps = 1000
+  config.train.batch_size = 16  # rows of one step, over all devices
+  config.train.seq_len = 256  # tokens of a row
+  config.train.microbatches = 1  # a step adds up the gradients of so many pieces of the batch
+  config.train.learning_rate = 1e-3  # peak; linear warm-up, then cosine
+  config.train.final_learning_rate = 1e-4
+  config.train.warmup_steps = 50
+  config.train.b1 = 0.9
+  config.train.b2 = 0.95
+  config.train.weight_decay = 0.01  # not on norm scales
+  config.train.clip_norm = 1.0  # global norm of the gradient
+  config.train.z_loss = 0.0  # weight of (log Z)^2; PaLM used 1e-4
+  config.train.log_every = 10  # steps between lines of metrics.jsonl
+  config.train.checkpoint_every = 200  # steps; the last step always is one
+  config.train.keep_checkpoints = 2
+  config.train.eval_every = 200  # steps between losses on held-out text
+  config.train.eval_batches = 4  # batches of config.analysis.batch_size rows it is measured on
+
+  config.mesh = ConfigDict()  # the product is the number of devices; -1 takes what the others leave
+  config.mesh.data = 1  # rows are split, parameters are copied
+  config.mesh.fsdp = -1  # rows and parameters are split
+  config.mesh.tensor = 1  # heads, neurons and vocabulary are split
+  config.mesh.expert = 1  # rows and experts are split
+
+  config.analysis = ConfigDict()
+  config.analysis.levels = (0.0, 0.5, 0.8, 0.85, 0.9)  # sparsities of the masked-perplexity curve (paper, Table 3)
+  config.analysis.tokens = 65_536  # held-out tokens
+  config.analysis.batch_size = 16  # rows of one forward pass
+  return config

@@ -1,0 +1,31 @@
+"""Mistral-7B ReLUfied to dReLU with the recipe of Turbo Sparse (section 5, Table 5).
+
+  python experiments/run.py --config=configs/mistral_drelu.py --config.init=MISTRAL_WORKDIR \\
+    --config.data.train=MIXTURE --config.data.vocabulary=tokenizer.model
+
+Table 5: 150B tokens = 17,881 steps of 2048 x 4096, AdamW (0.9, 0.95), cosine 5e-5 -> 5e-6, 1000 warm-up steps, on
+64 x A800-80G; the result has 90 % zeros. Weight decay and clipping are not printed there: 0.1 and 1.0 are taken.
+Not run yet: it needs about 130 GB for parameters, gradients and optimizer, over as many devices as there are.
+"""
+
+from configs import default
+
+
+def get_config(name="mistral_drelu", preset="mistral_7b"):
+  config = default.get_config(name, preset)
+  config.activation = "drelu"
+  config.smaller = "configs/tiny_relufy.py"
+  config.init = "checkpoints/mistral_7b"  # a workdir with the SwiGLU parameters
+  config.data.train = ""  # the data mixture of Table 4
+  config.data.vocabulary = "checkpoints/mistral_7b/tokenizer.model"
+  config.train.steps = 17_881
+  config.train.batch_size = 2048
+  config.train.seq_len = 4096
+  config.train.learning_rate = 5e-5
+  config.train.final_learning_rate = 5e-6
+  config.train.warmup_steps = 1000
+  config.train.weight_decay = 0.1
+  config.train.checkpoint_every = 500
+  config.train.eval_every = 500
+  config.analysis.tokens = 1_048_576
+  return config

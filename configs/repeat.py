@@ -1,0 +1,17 @@
+"""The experiment of an existing workdir, to run it again elsewhere.
+
+python experiments/run.py --config=configs/repeat.py:runs/tiny_relufy --workdir=runs/again
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from tsparse.workdir import read_config
+
+
+def get_config(workdir):
+  def plain(tree):  # JSON has no tuples, and the fields of a config must not be lists
+    return {k: plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+
+  return ConfigDict(plain(read_config(Path(workdir))))

@@ -1,0 +1,17 @@
+"""A tiny Mixtral with dReLU inside its experts: 4 experts, 2 for each token, on the Python standard library.
+
+  python experiments/run.py --config=configs/tiny_moe_drelu.py
+
+2 CPU cores.
+"""
+
+from configs import default
+
+
+def get_config():
+  config = default.get_config("tiny_moe_drelu", preset="tiny_moe")
+  config.activation = "drelu"
+  config.train.steps = 300
+  config.train.learning_rate = 3e-3
+  config.train.final_learning_rate = 3e-4
+  return config

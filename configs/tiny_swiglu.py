@@ -1,0 +1,16 @@
+"""A 1M-parameter SwiGLU model on the Python standard library, byte by byte.
+
+  python experiments/run.py --config=configs/tiny_swiglu.py
+
+2 CPU cores. Its workdir can be ReLUfied: --config=configs/tiny_relufy.py --config.init=runs/tiny_swiglu
+"""
+
+from configs import default
+
+
+def get_config():
+  config = default.get_config("tiny_swiglu")
+  config.train.steps = 500
+  config.train.learning_rate = 3e-3
+  config.train.final_learning_rate = 3e-4
+  return config

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+
+from tsparse.data.packing import Packer, stack_rows
+
+BOS = 7
+
+
+def documents(seed=0, n=40):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(10, 1000, rng.integers(1, 50)) for _ in range(n)]
+
+
+def pack(docs, seq_len, split):
+  packer, rows = Packer(iter(docs), seq_len, BOS, split_documents=split), []
+  while True:
+    try:
+      rows.append(packer.next_row())
+    except StopIteration:
+      return rows
+
+
+def oracle(docs, seq_len, split):
+  """The same rows, one (input, target, segment, position) at a time."""
+  rows, row = [], []
+  for doc in docs:
+    if not split and len(doc) > seq_len - len(row):
+      rows, row = rows + [row], []
+    segment, position = (row[-1][2] if row else 0) + 1, 0
+    for previous, token in zip([BOS, *doc], doc, strict=False):
+      if len(row) == seq_len:
+        rows, row, segment, position = rows + [row], [], 1, 0
+      row = row + [(previous, token, segment, position)]
+      position += 1
+  return [r + [(0, 0, 0, 0)] * (seq_len - len(r)) for r in rows + [row] if r]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("seq_len", [1, 16, 64])
+def test_rows_match_an_oracle(split, seq_len):
+  docs = documents(seq_len)
+  rows = pack(docs, seq_len, split)
+  keys = ("inputs", "targets", "segment_ids", "positions")
+  got = [list(zip(*(r[k].tolist() for k in keys), strict=True)) for r in rows]
+  assert got == oracle(docs, seq_len, split)
+  assert all(r[k].dtype == np.int32 and r[k].shape == (seq_len,) for r in rows for k in keys)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_every_token_is_a_target_once_and_in_order(split):
+  docs = documents()
+  rows = pack(docs, 24, split)
+  targets = np.concatenate([r["targets"][r["segment_ids"] > 0] for r in rows])
+  np.testing.assert_array_equal(targets, np.concatenate(docs))
+
+
+def test_training_rows_are_full():
+  rows = pack(documents(), 24, True)
+  assert all((r["segment_ids"] > 0).all() for r in rows[:-1])
+
+
+def test_evaluation_cuts_only_documents_longer_than_a_row():
+  docs = documents()
+  rows = pack(docs, 24, False)
+  pieces = sum(int(r["segment_ids"].max()) for r in rows)
+  assert pieces == sum(-(-len(d) // 24) for d in docs)
+
+
+def test_a_restored_packer_continues():
+  docs = documents()
+  stream = iter(docs)
+  packer = Packer(stream, 16, BOS, split_documents=True)
+  for _ in range(5):
+    packer.next_row()
+  other = Packer(stream, 16, BOS, split_documents=True)
+  other.restore(packer.state())
+  expected = pack(docs, 16, True)[5]
+  for key, value in other.next_row().items():
+    np.testing.assert_array_equal(value, expected[key])
+
+
+def test_a_short_batch_is_filled_with_empty_rows():
+  batch = stack_rows(pack(documents(), 24, False)[:2], 4)
+  assert batch["targets"].shape == (4, 24)
+  assert not batch["segment_ids"][2:].any()

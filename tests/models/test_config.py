@@ -1,0 +1,49 @@
+import dataclasses
+
+import jax
+import pytest
+
+from tsparse.errors import UserError
+from tsparse.models.config import PRESETS, activated_parameters, parameter_counts
+from tsparse.models.transformer import Transformer, abstract_parameters
+
+# Sums of the tensor sizes of the published checkpoints (mistralai, meta-llama).
+PUBLISHED = {"mistral_7b": 7_241_732_096, "mixtral_8x7b": 46_702_792_704, "llama2_7b": 6_738_415_616}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_accounting_equals_the_parameters_of_the_model(preset):
+  config = PRESETS[preset]
+  shapes, _ = abstract_parameters(Transformer(config))
+  total = sum(x.size for x in jax.tree.leaves(shapes))
+  assert total == sum(parameter_counts(config).values()) == PUBLISHED.get(preset, total)
+  assert {str(x.dtype) for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
+def test_the_300m_model_has_300m_parameters_outside_its_embeddings():
+  counts = parameter_counts(PRESETS["300m"])
+  assert 300e6 < sum(counts.values()) - counts["embedding"] - counts["head"] < 305e6
+
+
+def test_activated_parameters_are_those_of_the_paper_without_predictors():
+  # docs: 2.17B for Mistral at 90 % zeros (vocabulary 32,064 there), 3.30B for Mixtral at 85 %
+  assert activated_parameters(PRESETS["mistral_7b"], 0.9) == pytest.approx(2.169e9, rel=1e-3)
+  assert activated_parameters(PRESETS["mixtral_8x7b"], 0.85) == pytest.approx(3.297e9, rel=1e-3)
+  assert activated_parameters(PRESETS["llama2_7b"], 0.0) == PUBLISHED["llama2_7b"]
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    ({"num_kv_heads": 3}, "not a multiple of num_kv_heads 3"),
+    ({"head_dim": 7}, "odd"),
+    ({"d_ff": 0}, "d_ff is 0"),
+    ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 does not fit num_experts 2"),
+    ({"experts_per_token": 1}, "does not fit num_experts 0"),
+    ({"dtype": "float16"}, "float16"),
+    ({"activation": "elu"}, "elu"),
+  ],
+)
+def test_an_impossible_model_is_refused(change, sentence):
+  with pytest.raises(UserError, match=sentence):
+    dataclasses.replace(PRESETS["tiny"], **change)

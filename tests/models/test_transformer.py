@@ -1,0 +1,136 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsparse.activations import activation
+from tsparse.models.config import PRESETS
+from tsparse.models.moe import moe_dense, route
+from tsparse.models.transformer import REMAT, Transformer, init_parameters
+from tsparse.sharding import path_name
+
+TINY = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_model=64, d_ff=96, head_dim=16, activation="drelu")
+MOE = dataclasses.replace(TINY, num_experts=4, experts_per_token=2)
+
+
+def row(*lengths, total):
+  """Segment ids and positions [1, total] of a row packed with documents of the given lengths."""
+  segments, positions = np.zeros((2, 1, total), np.int32)
+  start = 0
+  for i, length in enumerate(lengths):
+    segments[0, start : start + length] = i + 1
+    positions[0, start : start + length] = np.arange(length)
+    start += length
+  return jnp.asarray(segments), jnp.asarray(positions)
+
+
+@functools.cache
+def params_of(config):
+  return jax.jit(lambda key: init_parameters(Transformer(config), key))(jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, tokens, segment_ids, positions):
+  return Transformer(config).apply({"params": params}, tokens, segment_ids, positions)
+
+
+def tokens_of(length, seed=1):
+  return jax.random.randint(jax.random.key(seed), (1, length), 0, TINY.vocab_size)
+
+
+def test_parameter_names_are_those_of_the_documentation():
+  def shapes(config):
+    leaves = jax.tree_util.tree_leaves_with_path(params_of(config))
+    return {path_name(path): leaf.shape for path, leaf in leaves}
+
+  dense = shapes(TINY)
+  assert dense["layers/ffn/gate"] == dense["layers/ffn/up"] == (2, 64, 96) and dense["layers/ffn/down"] == (2, 96, 64)
+  assert dense["layers/attention/key"] == (2, 64, 2, 16) and dense["head"] == (64, 264)
+  assert shapes(MOE)["layers/ffn/gate"] == (2, 4, 64, 96) and shapes(MOE)["layers/ffn/router"] == (2, 64, 4)
+  assert "head" not in shapes(dataclasses.replace(TINY, tie_embeddings=True))
+
+
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_packed_documents_do_not_see_each_other(config):
+  params = params_of(config)
+  tokens = tokens_of(24)
+  packed, _ = apply(config, params, tokens, *row(10, 14, total=24))
+  for part in (slice(0, 10), slice(10, 24)):
+    length = part.stop - part.start
+    alone, _ = apply(config, params, tokens[:, part], *row(length, total=length))
+    np.testing.assert_allclose(packed[:, part], alone, atol=1e-4)
+
+
+def test_padding_is_not_counted():
+  params = params_of(TINY)
+  tokens = tokens_of(16)
+  _, whole = apply(TINY, params, tokens, *row(9, total=16))
+  _, alone = apply(TINY, params, tokens[:, :9], *row(9, total=9))
+  np.testing.assert_array_equal(whole.fired, alone.fired)
+  np.testing.assert_array_equal(whole.routed, alone.routed)
+
+
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_drelu_at_random_parameters_zeroes_three_quarters(config):
+  _, counts = apply(config, params_of(config), tokens_of(256), *row(256, total=256))
+  zeros = 1 - counts.fired.sum((1, 2)) / (counts.routed.sum(1) * config.d_ff)
+  np.testing.assert_allclose(zeros, 0.75, atol=0.04)
+  assert counts.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_recomputation_changes_no_gradient(remat):
+  params, tokens, where = params_of(TINY), tokens_of(16), row(16, total=16)
+
+  def gradient(config):
+    return jax.jit(jax.grad(lambda p: apply(config, p, tokens, *where)[0].var()))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+    gradient(dataclasses.replace(TINY, remat=remat)),
+    gradient(TINY),
+  )
+
+
+def test_bfloat16_compute_is_near_float32():
+  params, tokens, where = params_of(TINY), tokens_of(32), row(32, total=32)
+  exact, _ = apply(TINY, params, tokens, *where)
+  rounded, _ = apply(dataclasses.replace(TINY, dtype="bfloat16"), params, tokens, *where)
+  assert rounded.dtype == jnp.float32
+  assert float(jnp.abs(rounded - exact).max()) < 0.1 * float(exact.std())
+
+
+def test_router_weights_are_a_softmax_over_the_chosen():
+  x, router = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.random.normal(jax.random.key(1), (8, 4))
+  logits = np.asarray(x) @ np.asarray(router)
+  expected = np.zeros_like(logits)
+  for index in np.ndindex(2, 5):
+    chosen = np.argsort(-logits[index])[:2]
+    e = np.exp(logits[index][chosen] - logits[index].max())
+    expected[index][chosen] = e / e.sum()
+  np.testing.assert_allclose(route(x, router, 2), expected, atol=1e-5)
+
+
+def test_moe_equals_a_loop_over_tokens():
+  keys = jax.random.split(jax.random.key(0), 5)
+  x, router, gate, up = (
+    np.asarray(jax.random.normal(key, shape))
+    for key, shape in zip(keys, [(1, 6, 8), (8, 4), (4, 8, 10), (4, 8, 10)], strict=False)
+  )
+  down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
+  valid = np.arange(6)[None] < 5
+  out, counts = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
+  weights = np.asarray(route(x, router, 2))
+  fired = np.zeros((4, 10))
+  for t in range(6):
+    expected = 0
+    for e in np.flatnonzero(weights[0, t]):
+      hidden = np.maximum(x[0, t] @ gate[e], 0) * np.maximum(x[0, t] @ up[e], 0)
+      fired[e] += (hidden != 0) * valid[0, t]
+      expected += weights[0, t, e] * (hidden @ down[e])
+    np.testing.assert_allclose(out[0, t], expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_array_equal(counts.fired, fired)
+  np.testing.assert_array_equal(counts.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))

@@ -1,0 +1,64 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tsparse import sharding
+from tsparse.errors import UserError
+
+
+def mesh_sizes(**sizes):
+  return {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | sizes
+
+
+def test_minus_one_takes_the_devices_the_others_leave():
+  assert sharding.make_mesh(mesh_sizes(fsdp=-1, tensor=2)).shape == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 3, "fsdp": -1}, {"data": -1, "fsdp": -1}, {"tensor": 0}])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
+  with pytest.raises(UserError, match=r"config\.mesh"):
+    sharding.make_mesh(mesh_sizes(**sizes))
+
+
+def test_a_mesh_axis_shards_one_dimension_of_an_array():
+  assert sharding.spec("BTD") == P(("data", "fsdp", "expert"), None, None)
+  assert sharding.spec("LEDF") == P(None, "expert", "fsdp", "tensor")
+  assert sharding.spec("VD") == P("tensor", "fsdp")
+
+
+def test_constraints_are_in_the_program_and_only_under_a_mesh():
+  def program():
+    return str(jax.make_jaxpr(lambda x: sharding.constrain(x, "BTD"))(np.zeros((8, 4, 4))))
+
+  assert "sharding_constraint" not in program()
+  with jax.set_mesh(sharding.make_mesh(mesh_sizes(fsdp=8))):
+    assert "sharding_constraint" in program()
+
+
+def test_an_axis_that_does_not_divide_is_named():
+  mesh = sharding.make_mesh(mesh_sizes(data=2, tensor=4))
+  sharding.check_divisible(mesh, {"B": 6, "F": 8})
+  with pytest.raises(UserError, match="axis F has length 6, .* tensor=4"):
+    sharding.check_divisible(mesh, {"F": 6})
+
+
+TREE = {"layers": {"ffn": {"gate": 1, "up": 2}, "ffn_norm": 3}, "embed": 4}
+
+
+def test_the_first_matching_rule_wins():
+  actions = sharding.match([(".*norm", "keep"), ("layers/.*", "decay"), (".*", "other")], TREE)
+  assert actions == {"layers": {"ffn": {"gate": "decay", "up": "decay"}, "ffn_norm": "keep"}, "embed": "other"}
+
+
+@pytest.mark.parametrize(
+  ("rules", "sentence"),
+  [
+    ([("layers/.*", 0)], "'embed' matches none"),
+    ([("gate", 0), (".*", 1)], r"\['gate'\] match no parameter"),
+    ([(".*", 0), ("embed", 1)], r"\['embed'\] match no parameter"),
+  ],
+)
+def test_unmatched_parameters_and_unused_rules_are_errors(rules, sentence):
+  with pytest.raises(UserError, match=sentence):
+    sharding.match(rules, TREE)

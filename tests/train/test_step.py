@@ -1,0 +1,119 @@
+"""The training step on 8 virtual devices: same losses on every mesh, sharded moments, gradients added up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import default
+from tsparse import sharding
+from tsparse.models.config import model_config
+from tsparse.models.transformer import Transformer
+from tsparse.train.loop import initial_state, prepare
+from tsparse.train.optimizer import learning_rate, make_optimizer
+from tsparse.train.step import make_train_step, summed_loss
+
+
+def small(activation="drelu", **train) -> ml_collections.ConfigDict:
+  config = default.get_config()
+  config.activation = activation
+  config.model.update({"num_layers": 2, "d_model": 32, "d_ff": 64, "head_dim": 8})
+  config.train.update({"steps": 20, "warmup_steps": 3, "learning_rate": 1e-2, "seq_len": 16, "batch_size": 8, **train})
+  return config
+
+
+def batch(seed, rows=8, time=16):
+  tokens = np.random.default_rng(seed).integers(0, 20, (rows, time + 1)).astype(np.int32)
+  segments = np.repeat([[1] * 9 + [2] * (time - 12) + [0] * 3], rows, axis=0).astype(np.int32)
+  positions = np.repeat([[*range(9), *range(time - 12), 0, 0, 0]], rows, axis=0).astype(np.int32)
+  return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments, "positions": positions}
+
+
+def losses(config, devices=1, steps=20, **mesh_sizes):
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | mesh_sizes, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    run = prepare(config, mesh)
+    state, _ = initial_state(run, config.seed, None)
+    step = jax.jit(
+      make_train_step(
+        run.model, run.tx, learning_rate(config.train), z_loss=1e-4, microbatches=config.train.microbatches
+      )
+    )
+    result = []
+    for i in range(steps):
+      state, metrics = step(state, sharding.place(batch(i), mesh))
+      result.append(float(metrics["loss"]))
+  return result
+
+
+@functools.cache
+def losses_on_one_device():
+  return losses(small())
+
+
+@pytest.mark.parametrize(
+  "mesh", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "fsdp", "mixed"]
+)
+def test_losses_do_not_depend_on_the_mesh(mesh):
+  np.testing.assert_allclose(losses(small(), devices=8, **mesh), losses_on_one_device(), rtol=1e-5)
+
+
+def test_losses_of_a_moe_do_not_depend_on_the_expert_axis():
+  config = small()
+  config.model.update({"num_experts": 4, "experts_per_token": 2})
+  np.testing.assert_allclose(losses(config, 8, steps=5, expert=4, fsdp=2), losses(config, steps=5), rtol=1e-5)
+
+
+def test_microbatches_add_up_to_the_whole_batch():
+  np.testing.assert_allclose(losses(small(microbatches=4)), losses_on_one_device(), rtol=1e-5)
+  sharded = losses(small(microbatches=2), devices=4, data=2, fsdp=2)
+  np.testing.assert_allclose(sharded, losses_on_one_device(), rtol=1e-5)
+
+
+GOLDEN = (6.076366, 3.645945, 3.188565)
+
+
+def test_losses_are_those_recorded():
+  """Golden numbers: change them only with a change that is meant to change training, and say so in the commit."""
+  np.testing.assert_allclose(np.asarray(losses_on_one_device())[[0, 9, 19]], GOLDEN, rtol=2e-4)
+
+
+def test_moments_are_sharded_like_their_parameters_from_the_start():
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "expert": 1})
+  with jax.set_mesh(mesh):
+    run = prepare(small(), mesh)
+    state, _ = initial_state(run, 0, None)
+  adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+  for moments in (adam.mu, adam.nu):
+    jax.tree.map(lambda m, p: np.testing.assert_equal(m.sharding, p.sharding), moments, state.params)
+  gate = state.params["layers"]["ffn"]["gate"]
+  assert gate.addressable_shards[0].data.size == gate.size // 8
+
+
+def test_padding_has_no_loss_and_no_gradient():
+  model = Transformer(model_config(small()))
+  params = jax.jit(model.init)(jax.random.key(0), *jnp.zeros((3, 1, 2), jnp.int32))["params"]
+  params = jax.tree.map(lambda box: box.unbox(), params, is_leaf=lambda x: hasattr(x, "unbox"))
+  one, other = batch(0), batch(0)
+  other["targets"] = np.where(other["segment_ids"] > 0, other["targets"], 7)
+  other["inputs"] = np.where(other["segment_ids"] > 0, other["inputs"], 9)
+  gradient = jax.jit(jax.grad(lambda p, b: summed_loss(p, b, model, 1e-4)[0]))
+  jax.tree.map(np.testing.assert_array_equal, gradient(params, one), gradient(params, other))
+
+
+def test_weight_decay_spares_the_norms():
+  params = {"embed": jnp.ones((2, 2)), "final_norm": jnp.ones(2)}
+  train = small(weight_decay=0.1, warmup_steps=0, learning_rate=0.5).train
+  tx = make_optimizer(train, params)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  assert (updates["final_norm"] == 0).all()
+  np.testing.assert_allclose(updates["embed"], -0.05)
+
+
+def test_learning_rate_warms_up_and_decays_to_its_final_value():
+  train = small(steps=100, warmup_steps=10, learning_rate=1e-3, final_learning_rate=1e-4).train
+  rates = [float(learning_rate(train)(step)) for step in (0, 5, 10, 55, 100)]
+  np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-5)

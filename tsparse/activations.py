@@ -1,0 +1,124 @@
+"""FFN activations: pure functions of (gate, up), the one table that every path of the project uses.
+
+The FFN of a gated model is `down(hidden)` with `hidden = act(gate(x), up(x))`. What makes a model activation-sparse is
+that `hidden` holds exact zeros: the row of `down` (and with gate-first decoding the row of `up`) need not be read.
+
+    activation            hidden                          exact zeros where
+    swiglu                silu(gate) * up                 (none)
+    geglu                 gelu(gate) * up                 (none)
+    relu                  max(0, gate) * up               gate <= 0
+    relu2                 max(0, gate)^2 * up             gate <= 0
+    shifted_relu:B        max(0, gate - B) * up           gate <= B
+    fatrelu:T             (gate if gate >= T else 0) * up gate < T
+    drelu                 max(0, gate) * max(0, up)       gate <= 0 or up <= 0
+
+To add one: write the function with its formula and paper, add a line to ACTIVATIONS (or PARAMETRIC).
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tsparse.errors import UserError
+
+Array = jax.Array
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+  """silu(gate) * up. Shazeer 2020 (arXiv 2002.05202): the dense activation of Llama, Mistral and Mixtral."""
+  return jax.nn.silu(gate) * up
+
+
+def geglu(gate: Array, up: Array) -> Array:
+  """gelu(gate) * up, with the exact (erf) GELU. Shazeer 2020 (arXiv 2002.05202)."""
+  return jax.nn.gelu(gate, approximate=False) * up
+
+
+def relu(gate: Array, up: Array) -> Array:
+  """max(0, gate) * up, known as ReGLU (arXiv 2002.05202); ReLULlama and ProSparse (arXiv 2402.13516) use it."""
+  return jax.nn.relu(gate) * up
+
+
+def relu2(gate: Array, up: Array) -> Array:
+  """max(0, gate)^2 * up. ReLU^2 Wins (arXiv 2402.03804)."""
+  return jnp.square(jax.nn.relu(gate)) * up
+
+
+def drelu(gate: Array, up: Array) -> Array:
+  """max(0, gate) * max(0, up). Turbo Sparse (arXiv 2406.05955), section 3.2."""
+  return jax.nn.relu(gate) * jax.nn.relu(up)
+
+
+def shifted_relu(gate: Array, up: Array, shift: float) -> Array:
+  """max(0, gate - shift) * up. ReLU Strikes Back (arXiv 2310.04564), section 5.3."""
+  return jax.nn.relu(gate - shift) * up
+
+
+def fatrelu(gate: Array, up: Array, threshold: float) -> Array:
+  """(gate if gate >= threshold else 0) * up, threshold >= 0. ProSparse (arXiv 2402.13516), third step; it used 0.01."""
+  return jnp.where(gate >= threshold, gate, 0) * up
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+  """An activation by name.
+
+  Attributes:
+    name: as the user wrote it, parameter included (`"fatrelu:0.01"`).
+    function: (gate [..., F], up [..., F]) -> hidden [..., F], same dtype.
+    zero_where: the condition under which `hidden` is exactly 0; empty when zeros are not guaranteed anywhere.
+  """
+
+  name: str
+  function: Callable[[Array, Array], Array]
+  zero_where: str = ""
+
+  def __call__(self, gate: Array, up: Array) -> Array:
+    """Hidden [..., F] of gate and up [..., F]."""
+    return self.function(gate, up)
+
+  @property
+  def exact_zeros(self) -> bool:
+    """Whether `hidden` holds exact zeros that a sparse decoder can skip."""
+    return bool(self.zero_where)
+
+
+ACTIVATIONS = {
+  "swiglu": (swiglu, ""),
+  "geglu": (geglu, ""),
+  "relu": (relu, "gate <= 0"),
+  "relu2": (relu2, "gate <= 0"),
+  "drelu": (drelu, "gate <= 0 or up <= 0"),
+}
+PARAMETRIC = {
+  "shifted_relu": (shifted_relu, "gate <= {}"),
+  "fatrelu": (fatrelu, "gate < {}"),
+}
+
+
+def activation(name: str) -> Activation:
+  """The activation called `name`: a key of ACTIVATIONS, or `key:number` for a key of PARAMETRIC.
+
+  Raises:
+    UserError: the name is unknown, or its parameter is missing, superfluous or not a non-negative number.
+  """
+  key, colon, text = name.partition(":")
+  if key in ACTIVATIONS and not colon:
+    function, zero_where = ACTIVATIONS[key]
+    return Activation(name, function, zero_where)
+  if key in PARAMETRIC:
+    try:
+      value = float(text)
+    except ValueError:
+      value = -1.0
+    if not 0 <= value < float("inf"):
+      raise UserError(f"activation {name!r} needs a non-negative number after the colon, as in '{key}:0.01'.")
+    function, zero_where = PARAMETRIC[key]
+    return Activation(name, lambda gate, up: function(gate, up, value), zero_where.format(value))
+  known = [*ACTIVATIONS, *(f"{key}:NUMBER" for key in PARAMETRIC)]
+  nearest = difflib.get_close_matches(key, [*ACTIVATIONS, *PARAMETRIC], n=1)
+  hint = f" Did you mean {nearest[0]!r}?" if nearest and nearest[0] != key else ""
+  raise UserError(f"activation {name!r} is unknown: choose one of {', '.join(known)}.{hint}")

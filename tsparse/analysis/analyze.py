@@ -1,0 +1,97 @@
+"""The analysis of one model on one held-out text: a plain dict, as analysis.json stores it (keys: docs in README)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tsparse.analysis import masks
+from tsparse.data import EvaluationSet
+from tsparse.evaluate import perplexity
+from tsparse.evaluate.perplexity import Evaluation, evaluate
+from tsparse.models import counts
+from tsparse.models.config import ACTIVATED_DEFINITION, activated_parameters, parameter_counts
+from tsparse.models.transformer import Transformer
+
+DEFINITIONS = {
+  **perplexity.DEFINITIONS,
+  **counts.DEFINITIONS,
+  **masks.DEFINITIONS,
+  "activated": ACTIVATED_DEFINITION,
+}
+
+
+def analyze(
+  name: str,
+  model: Transformer,
+  params: Any,
+  data: EvaluationSet,
+  mesh: jax.sharding.Mesh,
+  *,
+  source: str,
+  text: str,
+  trained_tokens: int,
+  levels: Sequence[float] = (),
+  progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+  """Loss, natural sparsity and the masked-perplexity curve of a model.
+
+  Args:
+    name: what the report calls it.
+    model: the decoder.
+    params: its parameters.
+    data: held-out batches.
+    mesh: the devices, set by `jax.set_mesh`.
+    source: where the model is stored.
+    text: what the held-out text is.
+    trained_tokens: tokens it was trained on so far.
+    levels: sparsities in [0, 1) of the curve; none leaves the curve empty.
+    progress: called with a line before each piece of work.
+
+  Returns:
+    An entry of "models" in analysis.json.
+  """
+  progress(f"{name}: natural sparsity")
+  natural = evaluate(model, params, data.batches, mesh)
+  curve = []
+  for level in levels:
+    progress(f"{name}: perplexity with {level:.0%} of the hidden masked")
+    mask = masks.topk_everywhere(level, model.config.num_layers)
+    masked = evaluate(model, params, data.batches, mesh, mask)  # the level is traced: one compilation for all
+    curve.append({"sparsity": level, "loss": masked.loss, "perplexity": masked.perplexity})
+  return {
+    "name": name,
+    "model": source,
+    "activation": model.config.activation,
+    "data": text,
+    "documents": data.documents,
+    "tokens": natural.tokens,
+    "trained_tokens": trained_tokens,
+    "loss": natural.loss,
+    "perplexity": natural.perplexity,
+    **hidden_statistics(natural),
+    "curve": curve,
+    "parameters": {
+      "total": sum(parameter_counts(model.config).values()),
+      "activated": activated_parameters(model.config, natural.zero_fraction),
+      "definition": ACTIVATED_DEFINITION,
+    },
+  }
+
+
+def hidden_statistics(natural: Evaluation) -> dict[str, Any]:
+  """Zero fractions and dead neurons, whole, by layer and by expert."""
+  dead = counts.dead_neurons(natural.counts)  # [L, E]
+  return {
+    "zero_fraction": {
+      "mean": natural.zero_fraction,
+      "per_layer": counts.mean_zero_fraction(natural.counts, axis=1).tolist(),
+      "per_expert": counts.zero_fraction(natural.counts).tolist(),
+    },
+    "dead_neurons": {
+      "count": int(dead.sum()),
+      "total": int(np.prod(natural.fired.shape)),
+      "per_layer": dead.sum(axis=1).tolist(),
+    },
+  }

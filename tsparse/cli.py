@@ -1,0 +1,68 @@
+"""What every script of experiments/ does around its one function: flags, and errors as sentences.
+
+Exit codes: 0 done, 2 bad input (one sentence, no traceback), 1 failure.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from tsparse.errors import RunFailure, UserError
+from tsparse.workdir import flatten
+
+
+def script(main: Callable[[], None], description: str):
+  """Parses the flags of a script, runs `main` and exits.
+
+  Args:
+    main: does the work; flags are parsed when it is called. It may raise UserError (exit 2) or RunFailure (exit 1).
+    description: what `--help` prints above the flags.
+  """
+  if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+    print(f"{description.strip()}\n\nflags:{flags.FLAGS.module_help(sys.argv[0])}")
+    sys.exit(0)
+  try:
+    parse(sys.argv)
+    main()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except RunFailure as error:
+    print(f"failed: {error}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+    sys.exit(130)
+
+
+def parse(argv: list[str]):
+  """Parses `argv` into absl's flags; UserError for an unknown flag, config file or field, or a wrong type."""
+  for name in (argument.partition("=")[2] for argument in argv if argument.startswith("--config=")):
+    file = Path(name.partition(":")[0])
+    if not file.is_file():
+      known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
+      raise UserError(f"--config={name}: there is no file {file}." + (f" Choose one of {known}." if known else ""))
+  try:
+    positional = flags.FLAGS(argv)[1:]
+  except (AttributeError, KeyError):  # what ml_collections raises for an override of a field that is not there
+    raise UserError(unknown_field(argv)) from None
+  except flags.Error as error:
+    lines = str(error).strip().splitlines()  # an error inside a config file comes as a whole traceback
+    raise UserError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}") from None
+  if positional:
+    raise UserError(f"arguments {positional} were not expected: flags are written --name=value.")
+
+
+def unknown_field(argv: list[str]) -> str:
+  """Which override of `argv` names no field of its config, and the nearest field there is."""
+  overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
+  sys.argv = [argument for argument in argv if argument not in overrides]  # ml_collections looks for overrides here
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(sys.argv)
+  fields = flatten(flags.FLAGS["config"].value.to_dict())
+  name = next(name for name in (o.lstrip("-").partition("=")[0] for o in overrides) if name not in fields)
+  nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+  return f"--{name}: the config has no such field; the nearest is --{nearest} (now {fields[nearest]!r})."

@@ -1,0 +1,99 @@
+"""Loss and perplexity on held-out text, with the counts of the FFN hidden, plain or under interventions."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsparse.models.counts import HiddenCounts, mean_zero_fraction
+from tsparse.models.loss import cross_entropy
+from tsparse.models.transformer import Transformer
+from tsparse.sharding import constrain, place
+
+DEFINITIONS = {
+  "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
+  "BOS, end-of-text tokens included; a document longer than a row is scored in pieces",
+  "perplexity": "exp(loss), per token of the model's own tokenizer (bytes, for the byte vocabulary)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Sums over a held-out text.
+
+  Attributes:
+    nll: sum of -ln p over the tokens, nats.
+    tokens: number of tokens scored.
+    fired: [L, E, F] float64, tokens for which each neuron fired.
+    routed: [L, E] float64, tokens that reached each expert.
+  """
+
+  nll: float
+  tokens: int
+  fired: np.ndarray
+  routed: np.ndarray
+
+  @property
+  def loss(self) -> float:
+    """Nats per token."""
+    return self.nll / self.tokens
+
+  @property
+  def perplexity(self) -> float:
+    """exp(loss)."""
+    return math.exp(self.loss) if self.loss < 700 else math.inf
+
+  @property
+  def zero_fraction(self) -> float:
+    """Share of zeros in the FFN hidden, over all layers."""
+    return float(mean_zero_fraction(self.counts))
+
+  @property
+  def counts(self) -> HiddenCounts:
+    """The counts of all tokens together."""
+    return HiddenCounts(fired=self.fired, routed=self.routed)
+
+
+def batch_sums(
+  model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
+) -> tuple[jax.Array, HiddenCounts]:
+  """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
+  batch = {name: constrain(x, "BT") for name, x in batch.items()}
+  logits, counts = model.apply(
+    {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"], intervention
+  )
+  nll, _ = cross_entropy(logits, batch["targets"])  # [B, T]
+  return jnp.sum(nll, where=batch["segment_ids"] > 0), counts
+
+
+_batch_sums = jax.jit(batch_sums, static_argnums=0)
+
+
+def evaluate(
+  model: Transformer,
+  params: Any,
+  batches: Sequence[dict[str, np.ndarray]],
+  mesh: jax.sharding.Mesh,
+  intervention: Any = None,
+) -> Evaluation:
+  """Loss and firing counts of a model on held-out batches.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    batches: dicts of inputs, targets, segment_ids, positions, each [B, T] int32, all of one shape.
+    mesh: the devices; it must be set by `jax.set_mesh`.
+    intervention: see Transformer; None leaves the hidden alone.
+  """
+  nll, tokens, fired, routed = 0.0, 0, 0.0, 0.0
+  for batch in batches:
+    batch_nll, counts = _batch_sums(model, params, place(batch, mesh), intervention)
+    nll += float(batch_nll)
+    tokens += int((batch["segment_ids"] > 0).sum())
+    fired += np.asarray(counts.fired, np.float64)
+    routed += np.asarray(counts.routed, np.float64)
+  return Evaluation(nll, tokens, fired, routed)

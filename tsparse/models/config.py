@@ -1,0 +1,155 @@
+"""What a model is: a frozen dataclass, the presets, and the accounting of its parameters.
+
+Axis letters used everywhere (einsum strings, logical axis names, shape comments):
+B batch · T time · D model · F ffn · H head_dim · N query heads · K kv heads · V vocab · E experts · L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+from tsparse.activations import activation
+from tsparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A Llama/Mistral/Mixtral-family decoder.
+
+  Raises:
+    UserError: from `__post_init__`, when a value is out of range or two values contradict each other.
+  """
+
+  vocab_size: int  # V; may exceed the tokenizer's size (padding rows)
+  num_layers: int  # L
+  d_model: int  # D
+  d_ff: int  # F, neurons of one FFN (of one expert when there are experts)
+  num_heads: int  # N
+  num_kv_heads: int  # K; fewer than N is grouped-query attention
+  head_dim: int  # H
+  max_seq_len: int  # longest sequence the model is meant for
+  num_experts: int = 0  # E; 0 is a dense FFN
+  experts_per_token: int = 0  # experts each token is routed to
+  sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
+  rope_theta: float = 10_000.0
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = False  # output head = transposed embedding
+  dtype: str = "bfloat16"  # compute; parameters are float32
+  remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
+  activation: str = "swiglu"  # a name of tsparse.activations
+
+  def __post_init__(self):
+    def require(holds: bool, sentence: str):
+      if not holds:
+        raise UserError(f"config.model: {sentence}.")
+
+    activation(self.activation)
+    for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
+      require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
+    heads, kv_heads = self.num_heads, self.num_kv_heads
+    require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+    require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, rotary embeddings need pairs")
+    require(self.sliding_window >= 0, f"sliding_window is {self.sliding_window}; 0 means none")
+    require(self.num_experts >= 0, f"num_experts is {self.num_experts}; 0 means a dense FFN")
+    experts, chosen = self.num_experts, self.experts_per_token
+    fits = 1 <= chosen <= experts if experts else chosen == 0
+    require(fits, f"experts_per_token {chosen} does not fit num_experts {experts}")
+    require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r} is unknown, choose float32 or bfloat16")
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Axis letter -> length, for the axes of the parameters."""
+    return {
+      "D": self.d_model,
+      "F": self.d_ff,
+      "H": self.head_dim,
+      "N": self.num_heads,
+      "K": self.num_kv_heads,
+      "V": self.vocab_size,
+      "E": self.num_experts,
+    }
+
+
+def model_config(config: Any) -> ModelConfig:
+  """The model of an experiment's config: `config.model`, with `config.activation`."""
+  return ModelConfig(**config.model, activation=config.activation)
+
+
+# One tiny model serves the demo, the tests and the notebooks. V = the 259 ids of the byte vocabulary, rounded up.
+TINY = ModelConfig(
+  vocab_size=264,
+  num_layers=4,
+  d_model=128,
+  d_ff=512,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  max_seq_len=512,
+  dtype="float32",  # bfloat16 matrix products are slow on CPU
+)
+MISTRAL_7B = ModelConfig(
+  vocab_size=32_000,
+  num_layers=32,
+  d_model=4096,
+  d_ff=14_336,
+  num_heads=32,
+  num_kv_heads=8,
+  head_dim=128,
+  max_seq_len=32_768,
+  sliding_window=4096,
+  remat="full",
+)
+PRESETS = {
+  "tiny": TINY,
+  "tiny_moe": dataclasses.replace(TINY, d_ff=256, num_experts=4, experts_per_token=2),
+  # Turbo Sparse, appendix A.1, Table 11. d_ff is not printed there; 8/3 D rounded to 64 gives the "300M" (docs/paper).
+  "300m": ModelConfig(
+    vocab_size=32_000,
+    num_layers=24,
+    d_model=1024,
+    d_ff=2752,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=64,
+    max_seq_len=2048,
+    remat="full",
+  ),
+  "llama2_7b": dataclasses.replace(
+    MISTRAL_7B, d_ff=11_008, num_kv_heads=32, max_seq_len=4096, sliding_window=0, norm_eps=1e-5
+  ),
+  "mistral_7b": MISTRAL_7B,
+  "mixtral_8x7b": dataclasses.replace(
+    MISTRAL_7B, num_experts=8, experts_per_token=2, sliding_window=0, rope_theta=1e6
+  ),
+}  # fmt: skip
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+  """Number of parameters by component, from the architecture alone: embedding, head, attention, norms, router, ffn."""
+  s = config.sizes
+  layers, experts = config.num_layers, max(1, config.num_experts)
+  return {
+    "embedding": s["V"] * s["D"],
+    "head": 0 if config.tie_embeddings else s["V"] * s["D"],
+    "attention": layers * 2 * s["D"] * s["H"] * (s["N"] + s["K"]),
+    "norms": (2 * layers + 1) * s["D"],
+    "router": layers * s["D"] * s["E"],
+    "ffn": layers * experts * 3 * s["D"] * s["F"],
+  }
+
+
+ACTIVATED_DEFINITION = (
+  "parameters read for one token: every weight outside the FFN (embedding and head counted whole), plus, in each FFN "
+  "(in each of the experts a token is routed to), the gate, up and down weights of the neurons whose hidden entry is "
+  "not exactly zero; mean over the evaluated tokens. No predictor is counted, and finding the zeros is not free"
+)
+
+
+def activated_parameters(config: ModelConfig, zero_fraction: float) -> float:
+  """Parameters read per token when `zero_fraction` of the FFN hidden is exactly zero. See ACTIVATED_DEFINITION.
+
+  activated = non-FFN + FFN * (experts_per_token / E) * (1 - zero_fraction); Turbo Sparse (arXiv 2406.05955) prints
+  such figures without a formula.
+  """
+  counts = parameter_counts(config)
+  routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+  return sum(counts.values()) - counts["ffn"] + counts["ffn"] * routed * (1.0 - zero_fraction)

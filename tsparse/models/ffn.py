@@ -1,0 +1,50 @@
+"""The gated FFN and the counts taken on its hidden, the tensor the whole project is about."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tsparse.models.counts import HiddenCounts, count_fired
+from tsparse.sharding import constrain
+
+Array = jax.Array
+# What may be done to the hidden before `down` reads it: (gate, up, hidden) -> hidden, all [..., F]. See analysis/masks.
+Intervention = Callable[[Array, Array, Array], Array]
+
+
+def gated_hidden(
+  gate: Array, up: Array, activation: Callable[[Array, Array], Array], intervene: Intervention | None
+) -> Array:
+  """act(gate, up) [..., F], and then the intervention if there is one."""
+  hidden = activation(gate, up)
+  return hidden if intervene is None else intervene(gate, up, hidden)
+
+
+def feed_forward(
+  x: Array,
+  gate: Array,
+  up: Array,
+  down: Array,
+  valid: Array,
+  activation: Callable[[Array, Array], Array],
+  intervene: Intervention | None = None,
+) -> tuple[Array, HiddenCounts]:
+  """down(act(x gate, x up)): Turbo Sparse (arXiv 2406.05955) eq. 1-2.
+
+  Args:
+    x: [B, T, D].
+    gate: [D, F].
+    up: [D, F].
+    down: [F, D].
+    valid: [B, T] bool, false on padding, which is computed but not counted.
+    activation: (gate, up) -> hidden.
+    intervene: optional change of the hidden.
+
+  Returns:
+    [B, T, D], and counts with E = 1.
+  """
+  hidden = gated_hidden(jnp.einsum("btd,df->btf", x, gate), jnp.einsum("btd,df->btf", x, up), activation, intervene)
+  hidden = constrain(hidden, "BTF")  # [B, T, F]
+  counts = HiddenCounts(fired=count_fired(hidden, valid)[None], routed=jnp.sum(valid, dtype=jnp.float32)[None])
+  return jnp.einsum("btf,fd->btd", hidden, down), counts

@@ -1,0 +1,64 @@
+"""Mixture of experts after Mixtral (arXiv 2401.04088): router, and the dense oracle."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tsparse.models.counts import HiddenCounts, count_fired
+from tsparse.models.ffn import Intervention, gated_hidden
+from tsparse.sharding import constrain
+
+Array = jax.Array
+
+
+def route(x: Array, router: Array, experts_per_token: int) -> Array:
+  """[B, T, E] float32 weights: softmax over the largest `experts_per_token` router logits, 0 for the other experts.
+
+  The softmax over the chosen logits equals the softmax over all of them renormalised to the chosen.
+
+  Args:
+    x: [B, T, D].
+    router: [D, E] float32.
+    experts_per_token: experts each token is sent to; ties go to the lower index.
+  """
+  logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router)
+  top, index = jax.lax.top_k(logits, experts_per_token)  # [B, T, k]
+  chosen = jax.nn.one_hot(index, router.shape[1], dtype=jnp.float32)  # [B, T, k, E]
+  return jnp.einsum("btk,btke->bte", jax.nn.softmax(top, axis=-1), chosen)
+
+
+def moe_dense(
+  x: Array,
+  router: Array,
+  gate: Array,
+  up: Array,
+  down: Array,
+  valid: Array,
+  activation: Callable[[Array, Array], Array],
+  experts_per_token: int,
+  intervene: Intervention | None = None,
+) -> tuple[Array, HiddenCounts]:
+  """Every expert on every token, weighted by the router: E / experts_per_token times the work, and obviously right.
+
+  Args:
+    x: [B, T, D].
+    router: [D, E] float32.
+    gate: [E, D, F].
+    up: [E, D, F].
+    down: [E, F, D].
+    valid: [B, T] bool, false on padding, which is computed but not counted.
+    activation: (gate, up) -> hidden.
+    experts_per_token: experts each token is sent to.
+    intervene: optional change of the hidden of each expert.
+
+  Returns:
+    [B, T, D], and counts over the tokens routed to each expert.
+  """
+  weights = constrain(route(x, router, experts_per_token), "BTE")
+  hidden = gated_hidden(jnp.einsum("btd,edf->btef", x, gate), jnp.einsum("btd,edf->btef", x, up), activation, intervene)
+  hidden = constrain(hidden, "BTEF")  # [B, T, E, F]
+  routed = (weights > 0) & valid[..., None]  # [B, T, E]
+  counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
+  out = jnp.einsum("btef,efd->bted", hidden, down)  # [B, T, E, D]
+  return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts

@@ -1,0 +1,179 @@
+"""The decoder: Linen modules that own the parameters and call the pure functions of this package.
+
+Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
+
+    embed [V, D] · final_norm [D] · head [D, V] (absent when tied)
+    layers/attention_norm [L, D] · layers/ffn_norm [L, D]
+    layers/attention/{query [L, D, N, H], key [L, D, K, H], value [L, D, K, H], out [L, N, H, D]}
+    layers/ffn/{gate [L, D, F], up [L, D, F], down [L, F, D]}
+    layers/ffn/{router [L, D, E], gate [L, E, D, F], up [L, E, D, F], down [L, E, F, D]}     with experts
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tsparse.activations import activation
+from tsparse.errors import UserError
+from tsparse.models import layers
+from tsparse.models.config import ModelConfig
+from tsparse.models.counts import HiddenCounts
+from tsparse.models.ffn import Intervention, feed_forward
+from tsparse.models.moe import moe_dense
+from tsparse.sharding import constrain
+
+Array = jax.Array
+
+# What the backward pass keeps of a layer: everything, the outputs of the weight matrices, or only the layer's input.
+REMAT = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _weight(
+  module: nn.Module, name: str, axes: str, fan_in: str, scale: float = 1.0, dtype: jnp.dtype | None = None
+) -> Array:
+  """Matrix `name`, one dimension per axis letter: normal with variance scale^2 / (product of the fan_in axes).
+
+  The letters are also its logical sharding axes. Stored in float32, returned in the compute dtype.
+  """
+  sizes = module.config.sizes
+  inputs = math.prod(sizes[letter] for letter in fan_in)
+  init = nn.with_logical_partitioning(nn.initializers.normal(scale * inputs**-0.5), tuple(axes))
+  weight = module.param(name, init, tuple(sizes[letter] for letter in axes), jnp.float32)
+  return weight.astype(dtype or module.config.dtype)
+
+
+def _norm(module: nn.Module, name: str, x: Array) -> Array:
+  """RMSNorm of x [B, T, D] by the scale `name` [D]."""
+  init = nn.with_logical_partitioning(nn.initializers.ones, ("D",))
+  return layers.rms_norm(x, module.param(name, init, (x.shape[-1],), jnp.float32), module.config.norm_eps)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Array, cos: Array, sin: Array, mask: Array) -> Array:
+    """x [B, T, D], rotary angles [B, T, 1, H/2], mask [B, T, T] -> [B, T, D]."""
+    query = jnp.einsum("btd,dnh->btnh", x, _weight(self, "query", "DNH", fan_in="D"))
+    key = jnp.einsum("btd,dkh->btkh", x, _weight(self, "key", "DKH", fan_in="D"))
+    value = jnp.einsum("btd,dkh->btkh", x, _weight(self, "value", "DKH", fan_in="D"))
+    query = constrain(layers.rotate(query, cos, sin), "BTNH")
+    key = constrain(layers.rotate(key, cos, sin), "BTKH")
+    mixed = layers.attention(query, key, value, mask)  # [B, T, N, H]
+    out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * self.config.num_layers) ** -0.5)
+    return jnp.einsum("btnh,nhd->btd", mixed, out)
+
+
+class FeedForward(nn.Module):
+  """The gated FFN, dense or with experts."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array, intervene: Intervention | None) -> tuple[Array, HiddenCounts]:
+    """x [B, T, D], valid [B, T] -> [B, T, D] and counts [E, F]."""
+    config = self.config
+    experts = "E" if config.num_experts else ""
+    gate = _weight(self, "gate", experts + "DF", fan_in="D")
+    up = _weight(self, "up", experts + "DF", fan_in="D")
+    down = _weight(self, "down", experts + "FD", fan_in="F", scale=(2 * config.num_layers) ** -0.5)
+    act = activation(config.activation)
+    if not config.num_experts:
+      return feed_forward(x, gate, up, down, valid, act, intervene)
+    router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
+    return moe_dense(x, router, gate, up, down, valid, act, config.experts_per_token, intervene)
+
+
+class Block(nn.Module):
+  """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Array, cos: Array, sin: Array, mask: Array, valid: Array, intervene: Intervention | None
+  ) -> tuple[Array, HiddenCounts]:
+    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
+    config = self.config
+    x = constrain(x, "BTD")
+    normed = _norm(self, "attention_norm", x)
+    x = x + Attention(config, name="attention")(normed, cos, sin, mask)
+    normed = _norm(self, "ffn_norm", x)
+    out, counts = FeedForward(config, name="ffn")(normed, valid, intervene)
+    return constrain(x + out, "BTD"), counts
+
+
+class Transformer(nn.Module):
+  """A decoder-only language model over packed rows."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, tokens: Array, segment_ids: Array, positions: Array, intervention: Any = None
+  ) -> tuple[Array, HiddenCounts]:
+    """Next-token logits.
+
+    Args:
+      tokens: [B, T] int32.
+      segment_ids: [B, T] int32; documents packed into a row have different ids, 0 is padding.
+      positions: [B, T] int32, position in the segment.
+      intervention: optional pytree, itself a callable (gate, up, hidden) -> hidden, every leaf with a leading axis L:
+        layer l applies the slice l. Its leaves are traced, so sweeping their values does not recompile.
+
+    Returns:
+      logits [B, T, V] float32, and HiddenCounts with fired [L, E, F] and routed [L, E].
+    """
+    config = self.config
+    embed = _weight(self, "embed", "VD", fan_in="D")
+    x = constrain(embed[tokens], "BTD")
+    cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
+    mask = layers.attention_mask(segment_ids, config.sliding_window)
+    scanned = nn.scan(
+      nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      length=config.num_layers,
+      metadata_params={nn.PARTITION_NAME: "L"},
+    )
+    x, counts = scanned(config, name="layers")(x, cos, sin, mask, segment_ids > 0, intervention)
+    x = _norm(self, "final_norm", x)
+    if config.tie_embeddings:
+      logits = jnp.einsum("btd,vd->btv", x, embed, preferred_element_type=jnp.float32)
+    else:
+      head = _weight(self, "head", "DV", fan_in="D")
+      logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    return constrain(logits, "BTV"), counts
+
+
+def remat_policy(name: str):
+  """The checkpoint policy called `name`; UserError names the known ones."""
+  if name not in REMAT:
+    raise UserError(f"config.model.remat {name!r} is unknown: choose one of {', '.join(REMAT)}.")
+  return REMAT[name]
+
+
+def abstract_parameters(model: Transformer) -> tuple[Any, Any]:
+  """Shapes and logical axes of the parameters, nothing allocated: trees of ShapeDtypeStruct and PartitionSpec."""
+  row = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  boxed = jax.eval_shape(model.init, jax.random.key(0), row, row, row)["params"]
+  shapes = jax.tree.map(
+    lambda box: box.unbox(apply_constraint=False), boxed, is_leaf=lambda box: isinstance(box, nn.meta.AxisMetadata)
+  )
+  return shapes, nn.get_partition_spec(boxed)
+
+
+def init_parameters(model: Transformer, key: Array) -> Any:
+  """Random parameters, a plain pytree of float32 arrays; under jit with `out_shardings` they are born sharded."""
+  row = jnp.zeros((1, 2), jnp.int32)
+  return nn.unbox(model.init(key, row, row, row)["params"])

@@ -1,0 +1,187 @@
+"""The training loop: from a config to the checkpoints of a workdir."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from tsparse import sharding
+from tsparse.data import EvaluationSet, train_iterator
+from tsparse.errors import RunFailure
+from tsparse.evaluate.perplexity import evaluate
+from tsparse.models.config import model_config
+from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
+from tsparse.train import checkpoint
+from tsparse.train.log import MetricWriter, ProgressLine
+from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from tsparse.train.step import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A model, its optimizer and where their arrays live; nothing is allocated yet."""
+
+  model: Transformer
+  tx: optax.GradientTransformation
+  mesh: jax.sharding.Mesh
+  target: TrainState  # ShapeDtypeStructs with shardings
+
+
+def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
+  """Builds the model and the abstract state of `config` on `mesh`."""
+  model = Transformer(model_config(config))
+  shapes, logical = abstract_parameters(model)
+  shardings = sharding.shardings(mesh, logical)
+  tx = make_optimizer(config.train, shapes)
+  replicated = NamedSharding(mesh, P())
+  target = TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+    params=checkpoint.abstract(shapes, shardings),
+    opt_state=checkpoint.abstract(
+      jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, shardings, replicated)
+    ),
+  )
+  return Run(model, tx, mesh, target)
+
+
+def initial_state(run: Run, seed: int, init: Path | None) -> tuple[TrainState, int]:
+  """Step 0 and the tokens seen so far: parameters of the workdir `init`, or random when None; a fresh optimizer."""
+  tokens_seen = 0
+  if init is None:
+    make = jax.jit(
+      lambda key: init_parameters(run.model, key),
+      out_shardings=jax.tree.map(lambda x: x.sharding, run.target.params),
+    )
+    params = make(jax.random.key(seed))
+  else:
+    params, tokens_seen = checkpoint.restore_parameters(init, run.target.params)
+  make = jax.jit(run.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.target.opt_state))
+  step = jax.device_put(jnp.zeros((), jnp.int32), run.target.step.sharding)
+  return TrainState(step=step, params=params, opt_state=make(params)), tokens_seen
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  mesh: jax.sharding.Mesh,
+  validation: EvaluationSet,
+  console: Console,
+  title: str,
+  init: Path | None = None,
+) -> tuple[Run, TrainState]:
+  """Trains what `config` says, resuming from the newest checkpoint of `workdir` if there is one.
+
+  Args:
+    config: the whole experiment; `model`, `activation`, `data`, `train` and `seed` are read.
+    workdir: where checkpoints and metrics go.
+    mesh: the devices; it must be set by `jax.set_mesh`.
+    validation: batches for the loss on held-out text every `eval_every` steps.
+    console: where progress is shown.
+    title: what progress calls this stage.
+    init: workdir whose newest parameters are the start; None starts from random ones.
+
+  Returns:
+    The run and its state after `config.train.steps` steps.
+
+  Raises:
+    RunFailure: the loss or the gradient is not finite.
+  """
+  settings = config.train
+  run = prepare(config, mesh)
+  data = train_iterator(config.data, seq_len=settings.seq_len, batch_size=settings.batch_size, seed=config.seed)
+  train_step = jax.jit(
+    make_train_step(
+      run.model,
+      run.tx,
+      learning_rate(settings),
+      z_loss=settings.z_loss,
+      microbatches=settings.microbatches,
+    ),
+    donate_argnums=0,
+  )
+
+  with checkpoint.manager(workdir, keep=settings.keep_checkpoints) as checkpoints:
+    start = checkpoints.latest_step()
+    if start is None:
+      start, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
+    else:
+      state, position, tokens_seen = checkpoint.restore(checkpoints, start, run.target)
+      data.restore(position)
+      console.print(f"{title}  resumed at step {start} of {settings.steps}", highlight=False)
+
+    writer = MetricWriter(workdir, start)
+    clock = Clock()
+    unread: dict[str, Any] = {}
+
+    def report(step: int, metrics: dict[str, Any]):
+      """Reads the metrics of a dispatched step, preferably not of the newest one, so that the device stays busy."""
+      loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+      if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise RunFailure(
+          f"{title}: loss {loss} and gradient norm {grad_norm} at step {step} are not finite. The last good checkpoint "
+          f"in {workdir} is untouched; lower --config.train.learning_rate or --config.train.clip_norm, or raise "
+          "warmup_steps."
+        )
+      speed = clock.tick(float(metrics["tokens"]))
+      zeros = float(metrics["zero_fraction"])
+      bar.update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s  zeros {zeros:.1%}")
+      if step % settings.log_every == 0 or step == settings.steps:
+        facts = {"tokens_per_second": speed, "seconds_waiting_for_data": clock.waited}
+        writer.write(step, {**metrics, **facts})
+
+    try:
+      with ProgressLine(console, title, start, settings.steps) as bar:
+        for step in range(start + 1, settings.steps + 1):
+          with clock.waiting():
+            batch = sharding.place(next(data), mesh)
+          state, metrics = train_step(state, batch)
+          if unread:
+            report(**unread)
+          tokens_seen += settings.batch_size * settings.seq_len
+          unread = {"step": step, "metrics": {**metrics, "tokens_seen": tokens_seen}}
+          last = step == settings.steps
+          if last or step % settings.checkpoint_every == 0 or step % settings.eval_every == 0:
+            report(**unread)  # before anything is kept of this step, its loss is known to be finite
+            unread = {}
+          if last or step % settings.eval_every == 0:
+            held_out = evaluate(run.model, state.params, validation.batches, mesh)
+            writer.write(step, {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction})
+          if last or step % settings.checkpoint_every == 0:
+            checkpoint.save(checkpoints, state, data.state(), tokens_seen)
+    finally:
+      writer.close()
+  return run, state
+
+
+class Clock:
+  """Tokens per second, smoothed over about 20 steps, and the time spent waiting for data."""
+
+  def __init__(self):
+    self.waited = 0.0
+    self._last, self._seconds = time.monotonic(), 0.0
+
+  def tick(self, tokens: float) -> float:
+    """Tokens per second, `tokens` having been processed since the last tick."""
+    now = time.monotonic()
+    seconds, self._last = now - self._last, now
+    self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
+    return tokens / self._seconds
+
+  def waiting(self) -> "Clock":
+    """A context whose time counts as waiting for data."""
+    return self
+
+  def __enter__(self):
+    self._entered = time.monotonic()
+
+  def __exit__(self, *_):
+    self.waited += time.monotonic() - self._entered

@@ -1,0 +1,83 @@
+"""Bytes a training step needs per device, estimated before anything is allocated, and what the machine has."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig
+from tsparse.train.step import TrainState
+
+
+def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
+  """Activations of the forward and backward pass over `tokens` tokens on one device, an estimate.
+
+  Counted: what each layer keeps for the backward pass (with remat "full" its input only), the working set of one layer
+  (projections, attention scores, the hidden of every expert since the dense oracle computes them all), and the logits
+  with their gradient in float32. XLA's fusions and temporaries make the true figure differ by some tens of percent.
+  """
+  width = 2 if model.dtype == "bfloat16" else 4
+  s = model.sizes
+  experts = max(1, model.num_experts)
+  projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"])) * width
+  scores = s["N"] * seq_len * (4 + width)  # float32 scores and the weights that meet the values
+  hidden = 3 * experts * s["F"] * width
+  outputs = {"none": projections + scores + hidden, "dots": projections + hidden, "full": s["D"] * width}[model.remat]
+  working = 2 * (projections + scores + hidden)
+  logits = 2 * 4 * s["V"]
+  return tokens * (model.num_layers * outputs + working + logits)
+
+
+def training_bytes(
+  model: ModelConfig, target: TrainState, rows: int, seq_len: int, microbatches: int
+) -> dict[str, int]:
+  """Bytes per device: parameters, gradients, optimizer (exact, from their shardings) and activations (estimated).
+
+  Args:
+    model: the model.
+    target: abstract state with shardings.
+    rows: rows of one microbatch on one device.
+    seq_len: T.
+    microbatches: above 1 the sum of the gradients is a second copy of them.
+  """
+
+  def held(tree):
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+  parameters = held(target.params)
+  return {
+    "parameters": parameters,
+    "gradients": parameters * (1 if microbatches == 1 else 2),
+    "optimizer": held(target.opt_state),
+    "activations": activation_bytes(model, rows * seq_len, seq_len),
+  }
+
+
+def device_bytes(devices: list[jax.Device]) -> int:
+  """Memory that one device may use: the accelerator's limit, or its share of this machine's available memory."""
+  stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+  available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+  limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit
+  if limit.exists() and limit.read_text().strip().isdigit():
+    available.append(int(limit.read_text()))
+  return min(available, default=2**63) // len(devices)
+
+
+def check_fits(needed: dict[str, int], available: int, name: str, smaller: str):
+  """Raises UserError with all figures when `needed` bytes per device exceed what is available."""
+  total = sum(needed.values())
+  if total <= available:
+    return
+  figures = ", ".join(f"{part} {count / 1e9:,.1f} GB" for part, count in needed.items())
+  advice = f", or try --config={smaller}" if smaller else ""
+  raise UserError(
+    f"{name} does not fit: one device needs about {total / 1e9:,.1f} GB ({figures}) and this machine has "
+    f"{jax.device_count()} {jax.devices()[0].platform} device(s) with {available / 1e9:,.1f} GB each. Run it on more "
+    "devices (--config.mesh.fsdp=-1 splits everything over all of them), raise --config.train.microbatches, or set "
+    f"--config.model.remat=full{advice}."
+  )

@@ -1,0 +1,103 @@
+"""One training step, a pure function of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tsparse.models.counts import HiddenCounts, dead_neurons, mean_zero_fraction, zero_fraction
+from tsparse.models.loss import cross_entropy
+from tsparse.models.transformer import Transformer
+from tsparse.sharding import constrain
+
+Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions: [B, T] int32
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that training changes, but for the position in the data."""
+
+  step: jax.Array  # [] int32, optimizer steps taken
+  params: Any
+  opt_state: Any
+
+
+@struct.dataclass
+class Sums:
+  """Sums over the tokens of one or several microbatches."""
+
+  nll: jax.Array  # [] float32, nats
+  log_z_squared: jax.Array  # [] float32
+  counts: HiddenCounts
+
+
+def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) -> tuple[jax.Array, Sums]:
+  """Sum over the batch's tokens of  -log p(target) + z_loss * (log Z)^2  (z-loss: PaLM, arXiv 2204.02311)."""
+  logits, counts = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"])
+  nll, log_z = cross_entropy(logits, batch["targets"])  # [B, T]
+  real = batch["segment_ids"] > 0
+  sums = Sums(
+    nll=jnp.sum(nll, where=real),
+    log_z_squared=jnp.sum(jnp.square(log_z), where=real),
+    counts=jax.lax.stop_gradient(counts),
+  )
+  return sums.nll + z_loss * sums.log_z_squared, sums
+
+
+def summed_gradients(
+  params: Any, batch: Batch, model: Transformer, z_loss: float, microbatches: int
+) -> tuple[Any, Sums]:
+  """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time and added up."""
+  gradient = jax.grad(summed_loss, has_aux=True)
+  if microbatches == 1:
+    return gradient(params, batch, model, z_loss)
+
+  def split(x):  # row r goes to microbatch r % A, so that every device keeps its own rows
+    return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
+
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, gradient(params, microbatch, model, z_loss)), None
+
+  batch = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda x: x[0], batch)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda b: gradient(params, b, model, z_loss), first)
+  )
+  return jax.lax.scan(add, zeros, batch)[0]
+
+
+def make_train_step(
+  model: Transformer,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  z_loss: float,
+  microbatches: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """A function (state, batch) -> (state, metrics). The loss is the mean over all real tokens of the whole batch."""
+
+  def train_step(state: TrainState, batch: Batch):
+    batch = {name: constrain(x, "BT") for name, x in batch.items()}
+    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+    grads, sums = summed_gradients(state.params, batch, model, z_loss, microbatches)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+      "loss": sums.nll / tokens,
+      "z_loss": z_loss * sums.log_z_squared / tokens,
+      "grad_norm": optax.tree_utils.tree_norm(grads),
+      "learning_rate": schedule(state.step),
+      "tokens": tokens,
+      "zero_fraction": mean_zero_fraction(sums.counts),
+      "zero_fraction_per_layer": mean_zero_fraction(sums.counts, axis=1),  # [L]
+      "zero_fraction_per_expert": zero_fraction(sums.counts),  # [L, E]
+      "dead_neurons": jnp.sum(dead_neurons(sums.counts)),  # in this batch
+      "tokens_per_expert": sums.counts.routed,  # [L, E]
+    }
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  return train_step

@@ -10,7 +10,9 @@ from configs import default
 
 def get_config():
   config = default.get_config("tiny_swiglu")
-  config.train.steps = 500
+  config.train.steps = 450
+  config.train.seq_len = 128
   config.train.learning_rate = 3e-3
   config.train.final_learning_rate = 3e-4
+  config.analysis.tokens = 32_768
   return config

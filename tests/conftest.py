@@ -1,15 +1,16 @@
-"""Tests run on 8 virtual CPU devices; set before JAX is imported. Commands in subprocesses see one device."""
+"""Tests run on 8 virtual CPU devices; set before JAX is imported."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = dict(os.environ)
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Of commands in subprocesses: one device.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
 ROOT = Path(__file__).resolve().parents[1]
 
 

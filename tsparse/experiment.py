@@ -133,7 +133,7 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
 
 
 def check_init(init: Path, config: ml_collections.ConfigDict, model: ModelConfig):
-  """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or other vocabulary."""
+  """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or vocabulary."""
   held = workdirs.read_config(init)
   source = ModelConfig(**held["model"], activation=held["activation"])
   changed = [
@@ -148,8 +148,8 @@ def check_init(init: Path, config: ml_collections.ConfigDict, model: ModelConfig
   theirs, ours = held["data"]["vocabulary"], config.data.vocabulary
   if theirs != ours:
     raise UserError(
-      f"config.init {init} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: token ids "
-      "would mean other things; use the checkpoint's."
+      f"config.init {init} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: token "
+      "ids would mean other things; use the checkpoint's."
     )
 
 

@@ -1,8 +1,10 @@
 """The training loop: from a config to the checkpoints of a workdir."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,21 +169,18 @@ class Clock:
 
   def __init__(self):
     self.waited = 0.0
-    self._last, self._seconds = time.monotonic(), 0.0
+    self._last = self._seconds = None
 
   def tick(self, tokens: float) -> float:
-    """Tokens per second, `tokens` having been processed since the last tick."""
+    """Tokens per second, `tokens` having been processed since the last tick; 0 at the first, which compiles."""
     now = time.monotonic()
-    seconds, self._last = now - self._last, now
+    seconds, self._last = now - (self._last or now), now
     self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
-    return tokens / self._seconds
+    return tokens / self._seconds if self._seconds else 0.0
 
-  def waiting(self) -> "Clock":
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
     """A context whose time counts as waiting for data."""
-    return self
-
-  def __enter__(self):
-    self._entered = time.monotonic()
-
-  def __exit__(self, *_):
-    self.waited += time.monotonic() - self._entered
+    entered = time.monotonic()
+    yield
+    self.waited += time.monotonic() - entered

@@ -1,0 +1,149 @@
+"""Whole experiments, small, in this process: what they write, and what they refuse before touching anything."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from configs import tiny_moe_drelu, tiny_relufy
+from tsparse import experiment, sharding
+from tsparse.errors import RunFailure, UserError
+
+WORDS = ["the cat", "a dog", "sat on", "ran to", "the mat", "his house", "and slept", "then ate"]
+
+
+@pytest.fixture
+def text(tmp_path):
+  path = tmp_path / "text.jsonl"
+  stories = [" ".join(WORDS[(i * k) % 8] for k in range(1, 9)) + f" {i}." for i in range(200)]
+  path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+  return path
+
+
+def small(text, module=tiny_relufy):
+  config = module.get_config()
+  config.model.update({"num_layers": 2, "d_model": 32, "d_ff": 64, "head_dim": 8})
+  config.data.train = str(text)
+  config.train.update({"steps": 12, "warmup_steps": 2, "seq_len": 32, "batch_size": 8, "checkpoint_every": 5})
+  config.train.update({"log_every": 1, "eval_every": 6})
+  config.analysis.update({"tokens": 500, "batch_size": 8, "levels": (0.0, 0.9)})
+  if "base" in config:
+    config.base.train.steps = 8
+  return config
+
+
+def quiet():
+  return Console(quiet=True)
+
+
+def test_relufication_writes_its_record_and_its_report(text, tmp_path):
+  workdir = tmp_path / "run"
+  analysis = experiment.run(small(text), workdir, quiet())
+
+  base, swapped, recovered = analysis["models"]
+  assert [m["name"] for m in analysis["models"]] == ["base", "swapped", "recovered"]
+  assert (base["activation"], swapped["activation"], recovered["activation"]) == ("swiglu", "drelu", "drelu")
+  assert base["zero_fraction"]["mean"] == 0 and swapped["zero_fraction"]["mean"] > 0.5
+  assert recovered["loss"] < swapped["loss"]
+  assert (base["trained_tokens"], recovered["trained_tokens"]) == (8 * 8 * 32, 20 * 8 * 32)
+  assert recovered["parameters"]["activated"] < base["parameters"]["activated"] == base["parameters"]["total"]
+  assert [point["sparsity"] for point in recovered["curve"]] == [0.0, 0.9] and not swapped["curve"]
+
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = [line for line in lines if "loss" in line]
+  assert [line["step"] for line in losses] == list(range(1, 13))
+  assert len(losses[0]["zero_fraction_per_layer"]) == 2 and losses[0]["zero_fraction"] > 0.5
+  assert losses[-1]["tokens_seen"] == recovered["trained_tokens"]
+  assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
+  report = {path.name for path in (workdir / "report").iterdir()}
+  assert report >= {"report.html", "analysis.json", "summary.json", "perplexity_vs_sparsity.png", "zeros_per_layer.png"}
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment[0]["versions"]["jax"] == jax.__version__ and environment[0]["git"]
+  assert list((workdir / "tensorboard").iterdir())
+
+  # the same again does nothing but read; another experiment is kept out
+  assert experiment.run(small(text), workdir, quiet()) == analysis
+  other = small(text)
+  other.train.steps = 13
+  before = (workdir / "config.json").read_text()
+  with pytest.raises(UserError, match="config.train.steps was 12 and is now 13"):
+    experiment.run(other, workdir, quiet())
+  assert (workdir / "config.json").read_text() == before
+
+  # the workdir is an init for others; an init of another architecture or vocabulary is refused
+  further = small(text)
+  further.init = str(workdir / "base")
+  further.activation = "fatrelu:0.01"
+  mesh = sharding.make_mesh(further.mesh)
+  experiment.check(further, mesh)
+  further.model.d_ff = 128
+  with pytest.raises(UserError, match="d_ff is 64 there and 128 here"):
+    experiment.check(further, mesh)
+  held = json.loads((workdir / "base" / "config.json").read_text())
+  held["data"]["vocabulary"] = "other.model"
+  (workdir / "base" / "config.json").write_text(json.dumps(held))
+  further.model.d_ff = 64
+  with pytest.raises(UserError, match="vocabulary 'other.model'"):
+    experiment.check(further, mesh)
+
+
+def test_a_moe_from_random_parameters_is_one_model_with_zeros_by_expert(text, tmp_path):
+  (model,) = experiment.run(small(text, tiny_moe_drelu), tmp_path / "run", quiet())["models"]
+  assert model["name"] == "trained" and [len(layer) for layer in model["zero_fraction"]["per_expert"]] == [4, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text, tmp_path):
+  config = small(text, tiny_moe_drelu)
+  config.train.update({"learning_rate": 1e30, "clip_norm": 1e30, "checkpoint_every": 1})
+  with pytest.raises(RunFailure, match="not finite"):
+    experiment.run(config, tmp_path / "run", quiet())
+  steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+  assert max(steps) < 12
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "sentence"),
+  [
+    ("activation", "dreul", "Did you mean 'drelu'"),
+    ("train.steps", 0, "config.train.steps is 0"),
+    ("train.seq_len", 513, "the model is made for at most 512"),
+    ("train.warmup_steps", 12, "warmup_steps is 12"),
+    ("train.microbatches", 3, "multiple of config.train.microbatches"),
+    ("train.batch_size", 12, "axis B has length 12"),
+    ("analysis.levels", (0.5, 1.0), "0 <= level < 1"),
+    ("model.remat", "some", "choose one of none, dots, full"),
+    ("model.vocab_size", 100 * 8, None),
+    ("model.vocab_size", 256, "has 259 ids"),
+    ("model.d_ff", 10**9, "does not fit"),
+    ("mesh.data", 3, "covers 3 devices|covers"),
+    ("init", "/nowhere", "no workdir of tsparse"),
+    ("data.train", "nothing.jsonl", "Cannot read"),
+    ("data.train", "stdlb", "did you mean 'stdlib'"),
+    ("data.vocabulary", "no.model", "no.model"),
+  ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(field, value, sentence, text, tmp_path):
+  config = small(text)
+  section, _, key = field.rpartition(".")
+  (config[section] if section else config)[key] = value
+  if sentence is None:
+    experiment.check(config, sharding.make_mesh(config.mesh))
+    return
+  with pytest.raises(UserError, match=sentence):
+    experiment.run(config, tmp_path / "run", quiet())
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_line_is_named(text, tmp_path):
+  with text.open("a") as file:
+    file.write('{"text": "fine"}\n{"text": \n')
+  with pytest.raises(UserError, match=r"text\.jsonl:202 is not JSON"):
+    experiment.run(small(text), tmp_path / "run", quiet())
+
+
+@pytest.mark.parametrize("workdir", ["/proc/here", "/dev/null/here"])
+def test_a_workdir_that_cannot_be_written_is_refused(text, workdir):
+  with pytest.raises(UserError, match="cannot be written"):
+    experiment.run(small(text), Path(workdir), quiet())

@@ -1,0 +1,113 @@
+"""`experiments/run.py` as a user types it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ENVIRONMENT, ROOT
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("default", "repeat"))
+SMALL = [
+  "--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.d_ff=64", "--config.model.head_dim=8",
+  "--config.train.seq_len=64", "--config.train.batch_size=4", "--config.train.warmup_steps=5",
+  "--config.train.log_every=1", "--config.train.checkpoint_every=4", "--config.analysis.tokens=2000",
+]  # fmt: skip
+
+
+def command(*arguments):
+  return [sys.executable, "experiments/run.py", *map(str, arguments)]
+
+
+def run(*arguments):
+  return subprocess.run(command(*arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+  probe = "import runpy, sys\ntry: runpy.run_path('experiments/run.py', run_name='__main__')\nexcept SystemExit as e: assert e.code == 0\n"  # noqa: E501
+  probe += "print({'jax', 'tensorflow', 'torch', 'matplotlib', 'rich'} & set(sys.modules))"
+  done = subprocess.run(
+    [sys.executable, "-c", f"import sys; sys.argv = ['experiments/run.py', '--help']\n{probe}"],
+    cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+  )  # fmt: skip
+  assert "--config=configs/tiny_relufy.py" in done.stdout and done.stdout.endswith("set()\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ([], "--config is missing"),
+    (["--config=configs/nope.py"], "no file configs/nope.py. Choose one of"),
+    (["--config=configs/tiny_drelu.py", "--config.train.step=3"], "nearest is --config.train.steps"),
+    (["--config=configs/tiny_drelu.py", "--config.train.steps=many"], "--config.train.steps=many"),
+    (["--config=configs/tiny_drelu.py", "--wrkdir=x"], "Did you mean: workdir"),
+    (["--config=configs/tiny_drelu.py", "x"], "were not expected"),
+    (["--config=configs/tiny_drelu.py:x"], "takes 0 positional arguments"),
+    (["--config=configs/repeat.py:/tmp"], "no workdir of tsparse"),
+    (["--config=configs/tiny_drelu.py", "--config.activation=dreul"], "Did you mean 'drelu'"),
+    (["--config=configs/mixtral_drelu.py"], "try --config=configs/tiny_moe_drelu.py"),
+  ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):
+  done = run(*arguments, f"--workdir={tmp_path}/run")
+  assert done.returncode == 2 and sentence in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+  assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_runs_or_says_why_this_machine_cannot(name, tmp_path):
+  tiny = name.startswith("tiny")
+  size = [*SMALL, "--config.train.steps=6"] + ["--config.base.train.steps=6"] * (name == "tiny_relufy")
+  done = run(f"--config=configs/{name}.py", f"--workdir={tmp_path}/run", *(size if tiny else []))
+  if tiny:
+    assert done.returncode == 0, done.stderr
+    assert "activated" in done.stdout and (tmp_path / "run" / "report" / "report.html").exists()
+  else:
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert all(part in done.stderr for part in ("parameters", "optimizer", "activations", "GB each", "try --config"))
+
+
+def losses(workdir):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [(line["step"], line["loss"], line["grad_norm"], line["zero_fraction"]) for line in lines if "loss" in line]
+
+
+def kill_after(step, workdir, arguments):
+  """Starts the run and kills it, with no warning, once `step` steps of `workdir` are logged."""
+  process = subprocess.Popen(command(*arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+  deadline = time.monotonic() + 200
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None and time.monotonic() < deadline:
+    if path.exists() and path.read_text().count('"loss"') >= step:
+      process.send_signal(signal.SIGKILL)
+    time.sleep(0.002)
+  assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path):
+  def arguments(workdir):
+    steps = ["--config.train.steps=40", "--config.base.train.steps=40"]
+    return ["--config=configs/tiny_relufy.py", f"--workdir={workdir}", *SMALL, *steps]
+
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  assert run(*arguments(whole)).returncode == 0
+  kill_after(10, killed / "base", arguments(killed))
+  kill_after(22, killed, arguments(killed))
+  done = run(*arguments(killed))
+  assert done.returncode == 0 and "resumed at step" in done.stdout, done.stderr
+  assert [step for step, *_ in losses(killed)] == list(range(1, 41))
+  assert losses(killed / "base") == losses(whole / "base") and losses(killed) == losses(whole)
+  models = [json.loads(Path(w / "report" / "analysis.json").read_text())["models"] for w in (whole, killed)]
+  assert [m["loss"] for m in models[0]] == [m["loss"] for m in models[1]]
+
+
+def test_a_workdir_alone_is_enough_to_repeat_its_experiment(tmp_path):
+  first, again = tmp_path / "first", tmp_path / "again"
+  assert run("--config=configs/tiny_drelu.py", f"--workdir={first}", *SMALL, "--config.train.steps=8").returncode == 0
+  assert run(f"--config=configs/repeat.py:{first}", f"--workdir={again}").returncode == 0
+  assert losses(again) == losses(first)

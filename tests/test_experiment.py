@@ -9,6 +9,7 @@ from rich.console import Console
 
 from configs import tiny_moe_drelu, tiny_relufy
 from tsparse import experiment, sharding
+from tsparse.check import check
 from tsparse.errors import RunFailure, UserError
 
 WORDS = ["the cat", "a dog", "sat on", "ran to", "the mat", "his house", "and slept", "then ate"]
@@ -77,16 +78,16 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
   further.init = str(workdir / "base")
   further.activation = "fatrelu:0.01"
   mesh = sharding.make_mesh(further.mesh)
-  experiment.check(further, mesh)
+  check(further, mesh)
   further.model.d_ff = 128
   with pytest.raises(UserError, match="d_ff is 64 there and 128 here"):
-    experiment.check(further, mesh)
+    check(further, mesh)
   held = json.loads((workdir / "base" / "config.json").read_text())
   held["data"]["vocabulary"] = "other.model"
   (workdir / "base" / "config.json").write_text(json.dumps(held))
   further.model.d_ff = 64
   with pytest.raises(UserError, match="vocabulary 'other.model'"):
-    experiment.check(further, mesh)
+    check(further, mesh)
 
 
 def test_a_moe_from_random_parameters_is_one_model_with_zeros_by_expert(text, tmp_path):
@@ -109,10 +110,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("activation", "dreul", "Did you mean 'drelu'"),
     ("train.steps", 0, "config.train.steps is 0"),
     ("train.seq_len", 513, "the model is made for at most 512"),
+    ("train.z_loss", -1.0, "must not be negative"),
+    ("train.b1", 1.0, "config.train.b1"),
     ("train.warmup_steps", 12, "warmup_steps is 12"),
     ("train.microbatches", 3, "multiple of config.train.microbatches"),
     ("train.batch_size", 12, "axis B has length 12"),
     ("analysis.levels", (0.5, 1.0), "0 <= level < 1"),
+    ("analysis.levels", ("half",), "0 <= level < 1"),
     ("model.remat", "some", "choose one of none, dots, full"),
     ("model.vocab_size", 100 * 8, None),
     ("model.vocab_size", 256, "has 259 ids"),
@@ -129,7 +133,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(field, value, 
   section, _, key = field.rpartition(".")
   (config[section] if section else config)[key] = value
   if sentence is None:
-    experiment.check(config, sharding.make_mesh(config.mesh))
+    check(config, sharding.make_mesh(config.mesh))
     return
   with pytest.raises(UserError, match=sentence):
     experiment.run(config, tmp_path / "run", quiet())

@@ -1,4 +1,4 @@
-"""The analysis of one model on one held-out text: a plain dict, as analysis.json stores it (keys: docs in README)."""
+"""The analysis of one model on one held-out text: a plain dict, as analysis.json stores it with stable keys."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,19 +47,19 @@ def analyze(
     text: what the held-out text is.
     trained_tokens: tokens it was trained on so far.
     levels: sparsities in [0, 1) of the curve; none leaves the curve empty.
-    progress: called with a line before each piece of work.
+    progress: called with a line after each piece of work.
 
   Returns:
     An entry of "models" in analysis.json.
   """
-  progress(f"{name}: natural sparsity")
   natural = evaluate(model, params, data.batches, mesh)
+  progress(f"{name}: natural sparsity")
   curve = []
   for level in levels:
-    progress(f"{name}: perplexity with {level:.0%} of the hidden masked")
     mask = masks.topk_everywhere(level, model.config.num_layers)
     masked = evaluate(model, params, data.batches, mesh, mask)  # the level is traced: one compilation for all
     curve.append({"sparsity": level, "loss": masked.loss, "perplexity": masked.perplexity})
+    progress(f"{name}: {level:.0%} of the hidden masked")
   return {
     "name": name,
     "model": source,

@@ -169,7 +169,7 @@ def _change(curve, level) -> str:
   if level == 0 or not curve[0.0] or curve[level] is None:
     return ""
   ratio = curve[level] / curve[0.0]
-  return f"{ratio - 1:+.1%}" if ratio < 10 else f"×{_perplexity(ratio)}"
+  return f"{ratio - 1:+.1%}".replace("-0.0%", "+0.0%") if ratio < 10 else f"×{_perplexity(ratio)}"
 
 
 def _page(analysis, run, figures) -> str:

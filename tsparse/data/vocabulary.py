@@ -28,7 +28,7 @@ def vocabulary_digest(name: str) -> str:
       return f"{zlib.crc32(f.read()):08x}"
   except OSError as e:
     hint = 'name "bytes" or the path of a SentencePiece .model file'
-    raise UserError(f"Cannot read the vocabulary {name!r}: {e.strerror}; {hint}.") from e
+    raise UserError(f"config.data.vocabulary {name!r} cannot be read ({e.strerror}): {hint}.") from e
 
 
 def bos_id(vocabulary) -> int:

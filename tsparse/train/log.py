@@ -1,14 +1,10 @@
-"""Where training reports: a progress bar, metrics.jsonl and TensorBoard."""
+"""Where training reports: metrics.jsonl and TensorBoard."""
 
 import json
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from tsparse.files import strict, write
@@ -44,35 +40,3 @@ class MetricWriter:
     """Flushes both."""
     self._file.close()
     self._board.close()
-
-
-class ProgressLine:
-  """A progress bar on a terminal; elsewhere a plain line at the start, at the end and at most every 10 seconds."""
-
-  def __init__(self, console: Console, title: str, done: int, total: int):
-    self._console, self._title, self._total, self._printed = console, title, total, -math.inf
-    self._bar = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(bar_width=None),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[facts]}"),
-      TimeRemainingColumn(),
-      console=console,
-      disable=not console.is_terminal,
-    )
-    self._task = self._bar.add_task(title, total=total, completed=done, facts="")
-
-  def __enter__(self) -> "ProgressLine":
-    self._bar.start()
-    return self
-
-  def __exit__(self, *_):
-    self._bar.stop()
-
-  def update(self, done: int, facts: str):
-    """Shows that `done` of the total are done, with `facts` (loss and so on) beside it."""
-    self._bar.update(self._task, completed=done, facts=facts)
-    now = time.monotonic()
-    if not self._console.is_terminal and (now - self._printed > 10 or done == self._total):
-      self._printed = now
-      self._console.print(f"{self._title}  {done}/{self._total}  {facts}", highlight=False)

@@ -22,8 +22,9 @@ from tsparse.errors import RunFailure
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
+from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint
-from tsparse.train.log import MetricWriter, ProgressLine
+from tsparse.train.log import MetricWriter
 from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from tsparse.train.step import TrainState, make_train_step
 
@@ -115,6 +116,8 @@ def train(
     start = checkpoints.latest_step()
     if start is None:
       start, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
+      if init:
+        console.print(f"{title}  starts from {init}, {tokens_seen:,} tokens seen", highlight=False)
     else:
       state, position, tokens_seen = checkpoint.restore(checkpoints, start, run.target)
       data.restore(position)
@@ -138,7 +141,7 @@ def train(
       bar.update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s  zeros {zeros:.1%}")
       if step % settings.log_every == 0 or step == settings.steps:
         facts = {"tokens_per_second": speed, "seconds_waiting_for_data": clock.waited}
-        writer.write(step, {**metrics, **facts})
+        writer.write(step, {"loss": loss, **metrics, **facts})
 
     try:
       with ProgressLine(console, title, start, settings.steps) as bar:

@@ -1,0 +1,95 @@
+"""Everything that can be known to be wrong with an experiment before memory is allocated or a file is written."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from tsparse import sharding, workdir
+from tsparse.data import check_data
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig, model_config
+from tsparse.models.transformer import remat_policy
+from tsparse.train import memory
+from tsparse.train.loop import prepare
+
+POSITIVE = (
+  "steps", "batch_size", "seq_len", "microbatches", "learning_rate", "clip_norm", "log_every", "checkpoint_every",
+  "keep_checkpoints", "eval_every", "eval_batches",
+)  # fmt: skip
+NOT_NEGATIVE = ("final_learning_rate", "weight_decay", "z_loss")
+# Fields of a model that may differ between a checkpoint and the experiment that starts from it.
+FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len")
+
+
+def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+  """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f"{jax.process_count()} hosts were started: training runs on one host with all its devices for now."
+    )
+  settings = config.train
+  for key in POSITIVE:
+    if not settings[key] > 0:
+      raise UserError(f"config.train.{key} is {settings[key]}; it must be positive.")
+  for key in NOT_NEGATIVE:
+    if not settings[key] >= 0:
+      raise UserError(f"config.train.{key} is {settings[key]}; it must not be negative.")
+  if config.seed < 0:
+    raise UserError(f"config.seed is {config.seed}; it must not be negative.")
+  if not (0 <= settings.b1 < 1 and 0 <= settings.b2 < 1):
+    raise UserError(f"config.train.b1 and b2 are {settings.b1} and {settings.b2}; each must be at least 0 and below 1.")
+  if not 0 <= settings.warmup_steps < settings.steps:
+    raise UserError(
+      f"config.train.warmup_steps is {settings.warmup_steps}; it must be at least 0 and below steps, {settings.steps}."
+    )
+  if not all(isinstance(level, (int, float)) and 0 <= level < 1 for level in config.analysis.levels):
+    raise UserError(f"config.analysis.levels is {config.analysis.levels}: a level is a share of zeros, 0 <= level < 1.")
+  if config.analysis.tokens <= 0 or config.analysis.batch_size <= 0:
+    raise UserError("config.analysis.tokens and config.analysis.batch_size must be positive.")
+  model = model_config(config)
+  remat_policy(model.remat)
+  if settings.seq_len > model.max_seq_len:
+    raise UserError(
+      f"config.train.seq_len is {settings.seq_len} and the model is made for at most {model.max_seq_len} tokens: lower "
+      "it, or raise --config.model.max_seq_len if you mean to train longer positions."
+    )
+  rows, left = divmod(settings.batch_size, settings.microbatches)
+  if left:
+    raise UserError(
+      f"config.train.batch_size is {settings.batch_size}; it must be a multiple of config.train.microbatches, "
+      f"{settings.microbatches}."
+    )
+  sharding.check_divisible(mesh, {"B": rows, **model.sizes})
+  sharding.check_divisible(mesh, {"B": config.analysis.batch_size})
+
+  rows_per_device = rows // sharding.shard_count(mesh, "B")
+  needed = memory.training_bytes(
+    model, prepare(config, mesh).target, rows_per_device, settings.seq_len, settings.microbatches
+  )
+  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller)
+  if config.init:
+    check_init(Path(config.init), config, model)
+  check_data(config.data, model.vocab_size)
+
+
+def check_init(init: Path, config: ml_collections.ConfigDict, model: ModelConfig):
+  """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or vocabulary."""
+  held = workdir.read_config(init)
+  source = ModelConfig(**held["model"], activation=held["activation"])
+  changed = [
+    f"{field.name} is {getattr(source, field.name)} there and {getattr(model, field.name)} here"
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in FREE_FIELDS and getattr(source, field.name) != getattr(model, field.name)
+  ]
+  if changed:
+    raise UserError(
+      f"config.init {init} holds another architecture: {', '.join(changed)}. Set config.model to the checkpoint's."
+    )
+  theirs, ours = held["data"]["vocabulary"], config.data.vocabulary
+  if theirs != ours:
+    raise UserError(
+      f"config.init {init} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: token "
+      "ids would mean other things; use the checkpoint's."
+    )

@@ -111,3 +111,27 @@ def test_a_workdir_alone_is_enough_to_repeat_its_experiment(tmp_path):
   assert run("--config=configs/tiny_drelu.py", f"--workdir={first}", *SMALL, "--config.train.steps=8").returncode == 0
   assert run(f"--config=configs/repeat.py:{first}", f"--workdir={again}").returncode == 0
   assert losses(again) == losses(first)
+
+
+def readme_commands():
+  lines = [line for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] for line in path.read_text().splitlines()]
+  return [line.split("#")[0].strip() for line in lines if line.strip().startswith(("python ", "make "))]
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+  """In the order of the README, small, with runs/ and texts/ in a scratch folder; make's targets as a dry run."""
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  (texts / "a.jsonl").write_text("".join(f'{{"text": "{i} bottles of beer on the wall"}}\n' for i in range(100)))
+  commands = readme_commands()
+  assert len(commands) > 6
+  for line in commands:
+    words = [word.replace("runs/", f"{tmp_path}/runs/").replace("texts/", f"{texts}") for word in line.split()]
+    if words[0] == "make":
+      done = subprocess.run([*words[:2], "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    else:
+      small = [] if "repeat.py" in line else [*SMALL, "--config.train.steps=6"]
+      small += ["--config.base.train.steps=6"] * ("tiny_relufy" in line)
+      workdir = [] if "--workdir" in line else [f"--workdir={tmp_path}/{len(list(tmp_path.iterdir()))}"]
+      done = run(*words[2:], *small, *workdir)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"

@@ -68,7 +68,7 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
   needed = memory.training_bytes(
     model, prepare(config, mesh).target, rows_per_device, settings.seq_len, settings.microbatches
   )
-  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller)
+  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, model.remat)
   if config.init:
     check_init(Path(config.init), config, model)
   check_data(config.data, model.vocab_size)

@@ -138,7 +138,8 @@ def train(
         )
       speed = clock.tick(float(metrics["tokens"]))
       zeros = float(metrics["zero_fraction"])
-      bar.update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s  zeros {zeros:.1%}")
+      pace = f"{speed:,.0f} tokens/s" if speed else "compiled"
+      bar.update(step, f"loss {loss:.3f}  {pace}  zeros {zeros:.1%}")
       if step % settings.log_every == 0 or step == settings.steps:
         facts = {"tokens_per_second": speed, "seconds_waiting_for_data": clock.waited}
         writer.write(step, {"loss": loss, **metrics, **facts})

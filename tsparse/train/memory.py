@@ -68,16 +68,22 @@ def device_bytes(devices: list[jax.Device]) -> int:
   return min(available, default=2**63) // len(devices)
 
 
-def check_fits(needed: dict[str, int], available: int, name: str, smaller: str):
-  """Raises UserError with all figures when `needed` bytes per device exceed what is available."""
+def check_fits(needed: dict[str, int], available: int, name: str, smaller: str, remat: str):
+  """Raises UserError with all figures, and what can be done, when `needed` bytes per device exceed `available`."""
   total = sum(needed.values())
   if total <= available:
     return
   figures = ", ".join(f"{part} {count / 1e9:,.1f} GB" for part, count in needed.items())
-  advice = f", or try --config={smaller}" if smaller else ""
+  held = total - needed["activations"]
+  advice = [
+    "use more devices (--config.mesh.fsdp=-1 splits everything over all of them)",
+    "raise --config.train.microbatches (activations)" if held < available else "",
+    "set --config.model.remat=full (activations)" if held < available and remat != "full" else "",
+    f"try --config={smaller}" if smaller else "",
+  ]
+  device = jax.devices()[0].platform
   raise UserError(
     f"{name} does not fit: one device needs about {total / 1e9:,.1f} GB ({figures}) and this machine has "
-    f"{jax.device_count()} {jax.devices()[0].platform} device(s) with {available / 1e9:,.1f} GB each. Run it on more "
-    "devices (--config.mesh.fsdp=-1 splits everything over all of them), raise --config.train.microbatches, or set "
-    f"--config.model.remat=full{advice}."
+    f"{jax.device_count()} {device} device{'s' * (jax.device_count() > 1)} with {available / 1e9:,.1f} GB each; "
+    f"{', or '.join(filter(None, advice))}."
   )

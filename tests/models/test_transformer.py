@@ -111,7 +111,11 @@ def test_router_weights_are_a_softmax_over_the_chosen():
     chosen = np.argsort(-logits[index])[:2]
     e = np.exp(logits[index][chosen] - logits[index].max())
     expected[index][chosen] = e / e.sum()
-  np.testing.assert_allclose(route(x, router, 2), expected, atol=1e-5)
+  weights, chosen = route(x, router, 2)
+  np.testing.assert_allclose(weights, expected, atol=1e-5)
+  np.testing.assert_array_equal(chosen, expected > 0)
+  underflown, chosen = route(jnp.ones((1, 1, 1)), jnp.array([[500.0, 0, -500.0]]), 2)
+  assert underflown[0, 0].tolist() == [1, 0, 0] and chosen[0, 0].tolist() == [True, True, False]
 
 
 def test_moe_equals_a_loop_over_tokens():
@@ -123,7 +127,7 @@ def test_moe_equals_a_loop_over_tokens():
   down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
   valid = np.arange(6)[None] < 5
   out, counts = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
-  weights = np.asarray(route(x, router, 2))
+  weights = np.asarray(route(x, router, 2)[0])
   fired = np.zeros((4, 10))
   for t in range(6):
     expected = 0

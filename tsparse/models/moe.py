@@ -12,10 +12,11 @@ from tsparse.sharding import constrain
 Array = jax.Array
 
 
-def route(x: Array, router: Array, experts_per_token: int) -> Array:
-  """[B, T, E] float32 weights: softmax over the largest `experts_per_token` router logits, 0 for the other experts.
+def route(x: Array, router: Array, experts_per_token: int) -> tuple[Array, Array]:
+  """The experts of each token: weights [B, T, E] float32, 0 for those not chosen, and which are chosen, bool.
 
-  The softmax over the chosen logits equals the softmax over all of them renormalised to the chosen.
+  weights = softmax over the largest `experts_per_token` router logits, in float32, which equals the softmax over all
+  logits renormalised to the chosen. A weight may underflow to 0; its expert is chosen all the same.
 
   Args:
     x: [B, T, D].
@@ -24,8 +25,8 @@ def route(x: Array, router: Array, experts_per_token: int) -> Array:
   """
   logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router)
   top, index = jax.lax.top_k(logits, experts_per_token)  # [B, T, k]
-  chosen = jax.nn.one_hot(index, router.shape[1], dtype=jnp.float32)  # [B, T, k, E]
-  return jnp.einsum("btk,btke->bte", jax.nn.softmax(top, axis=-1), chosen)
+  one_hot = jax.nn.one_hot(index, router.shape[1], dtype=jnp.float32)  # [B, T, k, E]
+  return jnp.einsum("btk,btke->bte", jax.nn.softmax(top, axis=-1), one_hot), one_hot.any(axis=2)
 
 
 def moe_dense(
@@ -55,10 +56,11 @@ def moe_dense(
   Returns:
     [B, T, D], and counts over the tokens routed to each expert.
   """
-  weights = constrain(route(x, router, experts_per_token), "BTE")
+  weights, chosen = route(x, router, experts_per_token)
+  weights = constrain(weights, "BTE")
   hidden = gated_hidden(jnp.einsum("btd,edf->btef", x, gate), jnp.einsum("btd,edf->btef", x, up), activation, intervene)
   hidden = constrain(hidden, "BTEF")  # [B, T, E, F]
-  routed = (weights > 0) & valid[..., None]  # [B, T, E]
+  routed = chosen & valid[..., None]  # [B, T, E]
   counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
   out = jnp.einsum("btef,efd->bted", hidden, down)  # [B, T, E, D]
   return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from tsparse.files import strict, write
 
 
@@ -18,6 +16,8 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: Path, step: int):
+    from tensorboardX import SummaryWriter  # imports torch where that is installed
+
     path = workdir / "metrics.jsonl"
     if path.exists():
       # the last line may be half of one, if the run was killed while writing it

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from tsparse import sharding, workdir
-from tsparse.data import check_data
+from tsparse import sharding
+from tsparse.convert.model import Model, open_model
+from tsparse.data import check_data, load_vocabulary, same_vocabulary
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.transformer import remat_policy
@@ -70,26 +71,24 @@ def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
   )
   memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, model.remat)
   if config.init:
-    check_init(Path(config.init), config, model)
+    check_init(open_model(Path(config.init)), config, model)
   check_data(config.data, model.vocab_size)
 
 
-def check_init(init: Path, config: ml_collections.ConfigDict, model: ModelConfig):
+def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig):
   """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or vocabulary."""
-  held = workdir.read_config(init)
-  source = ModelConfig(**held["model"], activation=held["activation"])
   changed = [
-    f"{field.name} is {getattr(source, field.name)} there and {getattr(model, field.name)} here"
+    f"{field.name} is {getattr(init.config, field.name)} there and {getattr(model, field.name)} here"
     for field in dataclasses.fields(ModelConfig)
-    if field.name not in FREE_FIELDS and getattr(source, field.name) != getattr(model, field.name)
+    if field.name not in FREE_FIELDS and getattr(init.config, field.name) != getattr(model, field.name)
   ]
   if changed:
     raise UserError(
-      f"config.init {init} holds another architecture: {', '.join(changed)}. Set config.model to the checkpoint's."
+      f"config.init {init.path} holds another architecture: {', '.join(changed)}. Set config.model to the checkpoint's."
     )
-  theirs, ours = held["data"]["vocabulary"], config.data.vocabulary
-  if theirs != ours:
+  theirs, ours = init.vocabulary, config.data.vocabulary
+  if not same_vocabulary(load_vocabulary(theirs), load_vocabulary(ours)):
     raise UserError(
-      f"config.init {init} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: token "
-      "ids would mean other things; use the checkpoint's."
+      f"config.init {init.path} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: "
+      "token ids would mean other things; use the checkpoint's."
     )

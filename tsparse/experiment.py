@@ -16,11 +16,11 @@ from tsparse.activations import activation
 from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
 from tsparse.check import check
+from tsparse.convert.model import open_model
 from tsparse.data import EvaluationSet, evaluation_batches
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer
 from tsparse.progress import ProgressLine
-from tsparse.train import checkpoint
 from tsparse.train.loop import prepare, train
 
 
@@ -58,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     for stage, folder, start, title in stages:
       began = time.monotonic()
       quick = dataclasses.replace(held_out, batches=held_out.batches[: stage.train.eval_batches])
-      train(stage, folder, mesh, quick, console, title, start)
+      train(stage, folder, mesh, quick, console, title, start and open_model(start).restore)
       seconds[title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
     analysis = analyze_stages(config, workdir, init, mesh, held_out, console)
@@ -98,7 +98,7 @@ def analyze_stages(
   if init is None:
     cases = [("trained", workdir, model.activation, config.analysis.levels)]
   else:
-    before = workdirs.read_config(init)["activation"]
+    before = open_model(init).config.activation
     cases = [("base", init, before, config.analysis.levels)]
     if before != model.activation:
       cases.append(("swapped", init, model.activation, ()))
@@ -109,7 +109,7 @@ def analyze_stages(
   models = []
   with ProgressLine(console, "analysis", 0, sum(1 + len(levels) for *_, levels in cases)) as bar:
     for name, folder, act, levels in cases:
-      params, tokens = checkpoint.restore_parameters(folder, target)
+      params, tokens = open_model(folder).restore(target)
       entry = analyze(
         name,
         Transformer(dataclasses.replace(model, activation=activation(act).name)),

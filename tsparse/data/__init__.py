@@ -5,7 +5,7 @@ TensorFlow and seqio are imported at the first use of a function, not by this pa
 
 from tsparse.data.iterator import EvaluationSet, TrainIterator, check_data, evaluation_batches, train_iterator
 from tsparse.data.packing import Packer
-from tsparse.data.vocabulary import bos_id, load_vocabulary
+from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 
 __all__ = [
   "EvaluationSet",
@@ -15,5 +15,6 @@ __all__ = [
   "check_data",
   "evaluation_batches",
   "load_vocabulary",
+  "same_vocabulary",
   "train_iterator",
 ]

@@ -33,6 +33,9 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
   tie_embeddings: bool = False  # output head = transposed embedding
+  attention_bias: bool = False  # on queries, keys and values (Qwen2)
+  qk_norm: bool = False  # RMSNorm of the queries and of the keys, over all heads together (OLMoE)
+  router_renormalize: bool = True  # weights of the chosen experts sum to 1 (Mixtral); if not, softmax over all (OLMoE)
   dtype: str = "bfloat16"  # compute; parameters are float32
   remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
   activation: str = "swiglu"  # a name of tsparse.activations
@@ -102,6 +105,18 @@ MISTRAL_7B = ModelConfig(
 PRESETS = {
   "tiny": TINY,
   "tiny_moe": dataclasses.replace(TINY, d_ff=256, num_experts=4, experts_per_token=2),
+  # karpathy/tinyllamas, a real pretrained SwiGLU Llama on TinyStories
+  "stories260k": dataclasses.replace(
+    TINY,
+    vocab_size=512,
+    num_layers=5,
+    d_model=64,
+    d_ff=172,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    tie_embeddings=True,
+  ),
   # Turbo Sparse, appendix A.1, Table 11. d_ff is not printed there; 8/3 D rounded to 64 gives the "300M" (docs/paper).
   "300m": ModelConfig(
     vocab_size=32_000,
@@ -131,8 +146,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
   return {
     "embedding": s["V"] * s["D"],
     "head": 0 if config.tie_embeddings else s["V"] * s["D"],
-    "attention": layers * 2 * s["D"] * s["H"] * (s["N"] + s["K"]),
-    "norms": (2 * layers + 1) * s["D"],
+    "attention": layers * s["H"] * (2 * s["D"] * (s["N"] + s["K"]) + config.attention_bias * (s["N"] + 2 * s["K"])),
+    "norms": (2 * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
     "router": layers * s["D"] * s["E"],
     "ffn": layers * experts * 3 * s["D"] * s["F"],
   }

@@ -12,21 +12,23 @@ from tsparse.sharding import constrain
 Array = jax.Array
 
 
-def route(x: Array, router: Array, experts_per_token: int) -> tuple[Array, Array]:
+def route(x: Array, router: Array, experts_per_token: int, renormalize: bool = True) -> tuple[Array, Array]:
   """The experts of each token: weights [B, T, E] float32, 0 for those not chosen, and which are chosen, bool.
 
-  weights = softmax over the largest `experts_per_token` router logits, in float32, which equals the softmax over all
-  logits renormalised to the chosen. A weight may underflow to 0; its expert is chosen all the same.
+  In float32. A weight may underflow to 0; its expert is chosen all the same.
 
   Args:
     x: [B, T, D].
     router: [D, E] float32.
     experts_per_token: experts each token is sent to; ties go to the lower index.
+    renormalize: softmax over the chosen logits (Mixtral), which equals the softmax over all renormalised to the chosen;
+      if not, softmax over all, so that the weights of a token sum to less than 1 (OLMoE).
   """
   logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router)
   top, index = jax.lax.top_k(logits, experts_per_token)  # [B, T, k]
   one_hot = jax.nn.one_hot(index, router.shape[1], dtype=jnp.float32)  # [B, T, k, E]
-  return jnp.einsum("btk,btke->bte", jax.nn.softmax(top, axis=-1), one_hot), one_hot.any(axis=2)
+  weights = jax.nn.softmax(top, axis=-1) if renormalize else jnp.exp(top - jax.nn.logsumexp(logits, -1, keepdims=True))
+  return jnp.einsum("btk,btke->bte", weights, one_hot), one_hot.any(axis=2)
 
 
 def moe_dense(
@@ -38,6 +40,7 @@ def moe_dense(
   valid: Array,
   activation: Callable[[Array, Array], Array],
   experts_per_token: int,
+  renormalize: bool = True,
   intervene: Intervention | None = None,
 ) -> tuple[Array, HiddenCounts]:
   """Every expert on every token, weighted by the router: E / experts_per_token times the work, and obviously right.
@@ -51,12 +54,13 @@ def moe_dense(
     valid: [B, T] bool, false on padding, which is computed but not counted.
     activation: (gate, up) -> hidden.
     experts_per_token: experts each token is sent to.
+    renormalize: see `route`.
     intervene: optional change of the hidden of each expert.
 
   Returns:
     [B, T, D], and counts over the tokens routed to each expert.
   """
-  weights, chosen = route(x, router, experts_per_token)
+  weights, chosen = route(x, router, experts_per_token, renormalize)
   weights = constrain(weights, "BTE")
   hidden = gated_hidden(jnp.einsum("btd,edf->btef", x, gate), jnp.einsum("btd,edf->btef", x, up), activation, intervene)
   hidden = constrain(hidden, "BTEF")  # [B, T, E, F]

@@ -5,6 +5,8 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
     embed [V, D] · final_norm [D] · head [D, V] (absent when tied)
     layers/attention_norm [L, D] · layers/ffn_norm [L, D]
     layers/attention/{query [L, D, N, H], key [L, D, K, H], value [L, D, K, H], out [L, N, H, D]}
+    layers/attention/{query_bias [L, N, H], key_bias [L, K, H], value_bias [L, K, H]}            with attention_bias
+    layers/attention/{query_norm [L, N, H], key_norm [L, K, H]}                                  with qk_norm
     layers/ffn/{gate [L, D, F], up [L, D, F], down [L, F, D]}
     layers/ffn/{router [L, D, E], gate [L, E, D, F], up [L, E, D, F], down [L, E, F, D]}     with experts
 """
@@ -49,10 +51,17 @@ def _weight(
   return weight.astype(dtype or module.config.dtype)
 
 
-def _norm(module: nn.Module, name: str, x: Array) -> Array:
-  """RMSNorm of x [B, T, D] by the scale `name` [D]."""
-  init = nn.with_logical_partitioning(nn.initializers.ones, ("D",))
-  return layers.rms_norm(x, module.param(name, init, (x.shape[-1],), jnp.float32), module.config.norm_eps)
+def _vector(module: nn.Module, name: str, axes: str, init: nn.initializers.Initializer) -> Array:
+  """Scale or bias `name`, float32, one dimension per axis letter."""
+  shape = tuple(module.config.sizes[letter] for letter in axes)
+  return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape, jnp.float32)
+
+
+def _norm(module: nn.Module, name: str, x: Array, axes: str = "D") -> Array:
+  """RMSNorm of x [B, T, axes] over all its `axes` together, by the scale `name`."""
+  scale = _vector(module, name, axes, nn.initializers.ones)
+  flat = x.reshape(*x.shape[:2], -1)
+  return layers.rms_norm(flat, scale.reshape(-1), module.config.norm_eps).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -63,13 +72,20 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Array, cos: Array, sin: Array, mask: Array) -> Array:
     """x [B, T, D], rotary angles [B, T, 1, H/2], mask [B, T, T] -> [B, T, D]."""
+    config = self.config
     query = jnp.einsum("btd,dnh->btnh", x, _weight(self, "query", "DNH", fan_in="D"))
     key = jnp.einsum("btd,dkh->btkh", x, _weight(self, "key", "DKH", fan_in="D"))
     value = jnp.einsum("btd,dkh->btkh", x, _weight(self, "value", "DKH", fan_in="D"))
+    if config.attention_bias:
+      query += _vector(self, "query_bias", "NH", nn.initializers.zeros).astype(x.dtype)
+      key += _vector(self, "key_bias", "KH", nn.initializers.zeros).astype(x.dtype)
+      value += _vector(self, "value_bias", "KH", nn.initializers.zeros).astype(x.dtype)
+    if config.qk_norm:
+      query, key = _norm(self, "query_norm", query, "NH"), _norm(self, "key_norm", key, "KH")
     query = constrain(layers.rotate(query, cos, sin), "BTNH")
     key = constrain(layers.rotate(key, cos, sin), "BTKH")
     mixed = layers.attention(query, key, value, mask)  # [B, T, N, H]
-    out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * self.config.num_layers) ** -0.5)
+    out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
     return jnp.einsum("btnh,nhd->btd", mixed, out)
 
 
@@ -90,7 +106,9 @@ class FeedForward(nn.Module):
     if not config.num_experts:
       return feed_forward(x, gate, up, down, valid, act, intervene)
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
-    return moe_dense(x, router, gate, up, down, valid, act, config.experts_per_token, intervene)
+    return moe_dense(
+      x, router, gate, up, down, valid, act, config.experts_per_token, config.router_renormalize, intervene
+    )
 
 
 class Block(nn.Module):

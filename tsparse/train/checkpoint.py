@@ -42,6 +42,15 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: bytes, tok
   checkpoints.save(int(state.step), args=arguments)
 
 
+def save_parameters(workdir: Path, params: Any, tokens_seen: int):
+  """Writes `params` alone as step 0 of a workdir, a start for others, and waits until it is there."""
+  arguments = ocp.args.Composite(
+    params=ocp.args.StandardSave(params), data=ocp.args.JsonSave({"tokens_seen": tokens_seen})
+  )
+  with manager(workdir) as checkpoints:
+    checkpoints.save(0, args=arguments)
+
+
 def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -> tuple[TrainState, bytes, int]:
   """What `save` wrote at `step`: state (shapes and shardings of `target`), data position, tokens seen."""
   found = checkpoints.restore(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from tsparse.train import checkpoint
 from tsparse.train.log import MetricWriter
 from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from tsparse.train.step import TrainState, make_train_step
+
+# (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
+Init = Callable[[Any], tuple[Any, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
   return Run(model, tx, mesh, target)
 
 
-def initial_state(run: Run, seed: int, init: Path | None) -> tuple[TrainState, int]:
-  """Step 0 and the tokens seen so far: parameters of the workdir `init`, or random when None; a fresh optimizer."""
+def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, int]:
+  """Step 0 and the tokens seen so far: parameters by `init`, or random when None; a fresh optimizer."""
   tokens_seen = 0
   if init is None:
     make = jax.jit(
@@ -66,7 +69,7 @@ def initial_state(run: Run, seed: int, init: Path | None) -> tuple[TrainState, i
     )
     params = make(jax.random.key(seed))
   else:
-    params, tokens_seen = checkpoint.restore_parameters(init, run.target.params)
+    params, tokens_seen = init(run.target.params)
   make = jax.jit(run.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.target.opt_state))
   step = jax.device_put(jnp.zeros((), jnp.int32), run.target.step.sharding)
   return TrainState(step=step, params=params, opt_state=make(params)), tokens_seen
@@ -79,7 +82,7 @@ def train(
   validation: EvaluationSet,
   console: Console,
   title: str,
-  init: Path | None = None,
+  init: Init | None = None,
 ) -> tuple[Run, TrainState]:
   """Trains what `config` says, resuming from the newest checkpoint of `workdir` if there is one.
 
@@ -90,7 +93,7 @@ def train(
     validation: batches for the loss on held-out text every `eval_every` steps.
     console: where progress is shown.
     title: what progress calls this stage.
-    init: workdir whose newest parameters are the start; None starts from random ones.
+    init: gives the parameters to start from; None starts from random ones.
 
   Returns:
     The run and its state after `config.train.steps` steps.
@@ -116,8 +119,6 @@ def train(
     start = checkpoints.latest_step()
     if start is None:
       start, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
-      if init:
-        console.print(f"{title}  starts from {init}, {tokens_seen:,} tokens seen", highlight=False)
     else:
       state, position, tokens_seen = checkpoint.restore(checkpoints, start, run.target)
       data.restore(position)

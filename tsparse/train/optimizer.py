@@ -8,8 +8,7 @@ import optax
 
 from tsparse.sharding import match
 
-# First match wins; norm scales are not decayed.
-WEIGHT_DECAY_RULES = ((r".*norm", False), (r".*", True))
+NOT_DECAYED = r".*(norm|bias)"  # scales and biases
 
 
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
@@ -32,7 +31,7 @@ def make_optimizer(train: ml_collections.ConfigDict, params: Any) -> optax.Gradi
       b1=train.b1,
       b2=train.b2,
       weight_decay=train.weight_decay,
-      mask=match(WEIGHT_DECAY_RULES, params),
+      mask=match([(NOT_DECAYED, False), (r".*", True)], params),
     ),
   )
 

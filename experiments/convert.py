@@ -1,0 +1,36 @@
+"""Converts a model: from Hugging Face or a workdir of ours, to either, with its activation swapped if asked.
+
+python experiments/convert.py --model=HF_DIR --out=DIR --activation=drelu
+python experiments/convert.py --model=WORKDIR --out=DIR --format=hf
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from tsparse import cli
+from tsparse.errors import UserError
+
+MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory (config.json + safetensors) or a workdir of ours.")
+OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
+FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.init) or hf (for transformers).")
+ACTIVATION = flags.DEFINE_string("activation", "", "Activation of the result. Default: the source's.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "Of the weights written by --format=hf: float32 or bfloat16.")
+
+
+def main():
+  """Converts what the flags say."""
+  from tsparse.convert.convert import convert  # JAX is imported only once the flags are known to be good
+
+  if not MODEL.value or not OUT.value:
+    raise UserError("--model and --out are needed: give the model to convert and the folder to write.")
+  model = convert(Path(MODEL.value), Path(OUT.value), FORMAT.value, ACTIVATION.value, DTYPE.value)
+  config = model.config
+  print(f"{OUT.value}: {FORMAT.value}, {config.activation}, {config.num_layers} layers of {config.d_model}")
+
+
+if __name__ == "__main__":
+  cli.script(main, __doc__)

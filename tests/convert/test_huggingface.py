@@ -1,0 +1,265 @@
+"""Checkpoints of Hugging Face, in and out: logits equal those of transformers, and a round trip changes no bit."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsparse.convert.convert import convert
+from tsparse.convert.model import open_model
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig
+from tsparse.models.transformer import Transformer, abstract_parameters
+from tsparse.sharding import MESH_AXES, make_mesh, shardings
+from tsparse.train.checkpoint import abstract
+
+SIZES = {
+  "vocab_size": 97,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 64,
+  "initializer_range": 0.2,  # far from a trivial softmax
+}
+CASES = {
+  "llama": ("Llama", {}),
+  "llama_tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 500.0}),
+  "llama_head_dim": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+  "relullama": ("Llama", {"hidden_act": "relu"}),
+  "mistral": ("Mistral", {"sliding_window": 7}),
+  "mistral_full": ("Mistral", {"sliding_window": None}),
+  "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
+  "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+  "olmoe_renormalized": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+  "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def save_huggingface(folder: Path, family: str, fields: dict, dtype="float32"):
+  """Writes a random model by transformers and returns it."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  config = getattr(transformers, f"{family}Config")(**SIZES | fields, attn_implementation="eager")
+  model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(getattr(torch, dtype))
+  model.save_pretrained(folder)
+  return model
+
+
+def parameters(model):
+  mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+  shapes, logical = abstract_parameters(Transformer(model.config))
+  return model.restore(abstract(shapes, shardings(mesh, logical)))[0]
+
+
+def our_logits(path, tokens, config: ModelConfig | None = None):
+  model = open_model(path)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  apply = jax.jit(Transformer(config or model.config).apply)
+  return apply({"params": parameters(model)}, tokens, jnp.ones_like(tokens), positions)[0]
+
+
+def their_logits(model, tokens):
+  import torch
+
+  with torch.no_grad():
+    return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def tensors(folder):
+  from safetensors import safe_open
+
+  found = {}
+  for path in sorted(Path(folder).glob("*.safetensors")):
+    with safe_open(path, framework="np") as file:
+      found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_and_the_round_trip_is_exact(case, tmp_path):
+  theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+  reference = save_huggingface(theirs, *CASES[case])
+  convert(theirs, ours, "tsparse")
+  for length in (1, 5, 40):  # 40 crosses the sliding window several times
+    tokens = np.random.default_rng(length).integers(0, 97, (2, length))
+    expected = their_logits(reference, tokens)
+    for path in (theirs, ours):
+      np.testing.assert_allclose(our_logits(path, tokens), expected, atol=1e-4, rtol=0)
+
+  convert(ours, back, "hf")
+  before, after = tensors(theirs), tensors(back)
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    np.testing.assert_array_equal(tensor, after[name])
+  import transformers
+
+  again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
+  np.testing.assert_allclose(their_logits(again, tokens), expected, atol=1e-6)
+
+
+def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
+  save_huggingface(tmp_path / "theirs", *CASES["mistral"], dtype="bfloat16")
+  convert(tmp_path / "theirs", tmp_path / "ours", "tsparse")
+  convert(tmp_path / "ours", tmp_path / "back", "hf", dtype="bfloat16")
+  before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "back")
+  assert all(before[name].tobytes() == after[name].tobytes() for name in before) and before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "mistral", "qwen2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("activation", ["drelu", "fatrelu:0.01"])
+def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activation, tmp_path):
+  import transformers
+
+  save_huggingface(tmp_path / "theirs", *CASES[case])
+  sparse = convert(tmp_path / "theirs", tmp_path / "sparse", "tsparse", activation=activation)
+  assert sparse.config.activation == activation
+  convert(tmp_path / "sparse", tmp_path / "out", "hf")
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["ffn_activation"] == activation
+  exported = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", trust_remote_code=True, attn_implementation="eager"
+  )
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 20))
+  logits = our_logits(tmp_path / "sparse", tokens)
+  np.testing.assert_allclose(their_logits(exported, tokens), logits, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(our_logits(tmp_path / "out", tokens), logits, atol=1e-6)  # and it comes back
+  swiglu = dataclasses.replace(sparse.config, activation="swiglu")
+  assert np.abs(our_logits(tmp_path / "sparse", tokens, swiglu) - logits).max() > 0.1
+
+
+def test_bamboo_is_a_mistral_with_drelu(tmp_path):
+  save_huggingface(tmp_path / "m", *CASES["mistral"])
+  fields = json.loads((tmp_path / "m" / "config.json").read_text())
+  fields |= {"model_type": "bamboo", "architectures": ["BambooForCausalLM"], "hidden_act": "relu"}
+  (tmp_path / "m" / "config.json").write_text(json.dumps(fields))
+  assert open_model(tmp_path / "m").config.activation == "drelu"
+
+
+def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path):
+  reference = save_huggingface(tmp_path / "whole", *CASES["llama"])
+  reference.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+  assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+  whole, sharded = (parameters(open_model(tmp_path / name)) for name in ("whole", "sharded"))
+  jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+
+
+def damaged(change):
+  """A test case: `change(folder, fields of config.json)` damages a good directory; fields are written back."""
+
+  def apply(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    change(folder, fields)
+    (folder / "config.json").write_text(json.dumps(fields))
+
+  return apply
+
+
+def truncate(folder, size):
+  os.truncate(folder / "model.safetensors", size)
+
+
+def index_of_missing(folder, _):
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
+
+
+def index_outside(folder, _):
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+
+
+def pickle_only(folder, _):
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    (lambda folder, fields: truncate(folder, 5), "model.safetensors is damaged"),
+    (lambda folder, fields: truncate(folder, 1000), "model.safetensors is damaged"),
+    (lambda folder, fields: truncate(folder, 40_000), "model.safetensors is damaged"),
+    (pickle_only, "only pickle files"),
+    (index_of_missing, "model-2.safetensors is missing"),
+    (index_outside, "outside its folder"),
+    (lambda folder, fields: (folder / "model.safetensors").unlink(), "no .safetensors file"),
+    (lambda folder, fields: fields.update(model_type="gpt2"), "'gpt2' is not supported; choose one of llama"),
+    (lambda folder, fields: fields.update(hidden_act="tanh"), "hidden_act 'tanh'"),
+    (lambda folder, fields: fields.update(attention_bias=True), "attention_bias = True"),
+    (lambda folder, fields: fields.update(qk_norm=True), "qk_norm = True"),
+    (
+      lambda folder, fields: fields.update(rope_scaling={"type": "linear", "factor": 2}),
+      "rope_scaling = .*linear.* is not supported",
+    ),
+    (lambda folder, fields: fields.update(intermediate_size=50), r"shape \(48, 32\) and config.json makes it"),
+    (lambda folder, fields: fields.update(num_hidden_layers=3), "it lacks model.layers.2"),
+    (lambda folder, fields: fields.update(num_hidden_layers=1), "nothing takes model.layers.1"),
+    (lambda folder, fields: fields.pop("hidden_size"), "lacks hidden_size"),
+  ],
+)
+def test_a_damaged_or_unsupported_checkpoint_is_one_sentence_and_no_output(change, sentence, tmp_path, source):
+  folder = tmp_path / "theirs"
+  shutil.copytree(source, folder)
+  damaged(change)(folder)
+  with pytest.raises(UserError, match=sentence):
+    convert(folder, tmp_path / "out", "tsparse")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_random_damage_is_a_sentence_or_harmless(source, tmp_path):
+  rng = np.random.default_rng(0)
+  refused = 0
+  for attempt in range(60):
+    folder = tmp_path / str(attempt)
+    shutil.copytree(source, folder)
+    path = folder / ("config.json" if attempt % 2 else "model.safetensors")
+    content = bytearray(path.read_bytes())
+    for position in rng.integers(0, min(len(content), 3000), 3):  # in the header, of a safetensors file
+      content[position] = rng.integers(0, 256)
+    path.write_bytes(content)
+    try:
+      parameters(open_model(folder))
+    except UserError:
+      refused += 1
+  assert refused > 20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("hf")
+  save_huggingface(folder, *CASES["llama"])
+  return folder
+
+
+def test_a_folder_in_use_is_left_alone(source, tmp_path):
+  (tmp_path / "mine").write_text("kept")
+  with pytest.raises(UserError, match="in use"):
+    convert(source, tmp_path, "hf")
+  assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_the_real_model_has_its_reference_loss(shared_data):
+  from tsparse.data import bos_id, load_vocabulary
+
+  path = shared_data / "stories260k"
+  vocabulary = load_vocabulary(str(path / "tokenizer.model"))
+  model = open_model(path)
+  lines = (shared_data / "tinystories" / "valid_v2.jsonl").read_text().splitlines()[:60]
+  params = parameters(model)
+  apply = jax.jit(Transformer(model.config).apply)
+  total, count = 0.0, 0
+  for line in lines:
+    ids = np.array([[bos_id(vocabulary), *vocabulary.encode(json.loads(line)["text"])]])[:, :512]
+    row = np.zeros((1, 512), np.int32)
+    row[:, : ids.shape[1]] = ids
+    logits, _ = apply({"params": params}, row, row * 0 + 1, np.arange(512)[None])
+    logp = np.asarray(jax.nn.log_softmax(logits))[0, : ids.shape[1] - 1]
+    total -= logp[np.arange(len(logp)), ids[0, 1:]].sum()
+    count += len(logp)
+  assert total / count == pytest.approx(1.301, abs=2e-3)

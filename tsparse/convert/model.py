@@ -1,0 +1,60 @@
+"""One loader for every M of the command line: a Hugging Face directory, or a workdir of ours."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tsparse import workdir as workdirs
+from tsparse.convert.huggingface import Directory
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig
+from tsparse.sharding import path_name
+from tsparse.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A stored model; its parameters are read when asked for.
+
+  Attributes:
+    path: where it is.
+    config: the model, its activation included.
+    vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
+    restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
+  """
+
+  path: Path
+  config: ModelConfig
+  vocabulary: str
+  restore: Callable[[Any], tuple[Any, int]]
+
+
+def open_model(path: Path) -> Model:
+  """The model stored in a folder.
+
+  Raises:
+    UserError: the folder is neither a Hugging Face directory nor a workdir, or is damaged.
+  """
+  fields = workdirs.read_config(path)
+  if "model_type" in fields:
+    directory = Directory(path)
+    return Model(path, directory.config, str(path), lambda target: (_place(directory, target), 0))
+  try:
+    config = ModelConfig(**fields["model"], activation=fields["activation"])
+    vocabulary = fields["data"]["vocabulary"]
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{path}/config.json is neither of Hugging Face nor of a workdir of tsparse ({error}).") from None
+  inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
+  vocabulary = str(inside) if inside.exists() else vocabulary
+  return Model(path, config, vocabulary, lambda target: checkpoint.restore_parameters(path, target))
+
+
+def _place(directory: Directory, target: Any) -> Any:
+  """The parameters of a Hugging Face directory as arrays with the shardings of `target`, one at a time."""
+  paths, structure = jax.tree_util.tree_flatten_with_path(target)
+  wanted = {path_name(path): leaf for path, leaf in paths}
+  placed = {name: jax.device_put(array, wanted[name].sharding) for name, array in directory.parameters()}
+  return jax.tree_util.tree_unflatten(structure, [placed[name] for name in wanted])

@@ -1,0 +1,101 @@
+"""One table of rules maps the tensors of a Hugging Face checkpoint to our parameters, and back.
+
+A rule says which tensors of theirs fill one parameter of ours, and how a tensor is reshaped, in axis letters:
+
+    Rule("layers/attention/query", "model.layers.{layer}.self_attn.q_proj.weight", "(N H) D -> D N H")
+
+`{layer}` and `{expert}` stand for the indices that our parameter is stacked over, in this order. Read from left to
+right the pattern is the import, from right to left the export; letters have the sizes of the model.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import einops
+import numpy as np
+
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig
+
+
+class Rule(NamedTuple):
+  """`ours` is a path in our tree, `theirs` a template of names, `pattern` an einops pattern of one of their tensors."""
+
+  ours: str
+  theirs: str
+  pattern: str
+
+
+def sources(rule: Rule, config: ModelConfig) -> list[tuple[tuple[int, ...], str]]:
+  """(index in our stacked parameter, their name) of every tensor of a rule."""
+  layers = range(config.num_layers) if "{layer}" in rule.theirs else (None,)
+  experts = range(config.num_experts) if "{expert}" in rule.theirs else (None,)
+  return [
+    (tuple(i for i in (layer, expert) if i is not None), rule.theirs.format(layer=layer, expert=expert))
+    for layer in layers
+    for expert in experts
+  ]
+
+
+def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+  """Shape of one side of a pattern: `"(N H) D"` -> (N * H, D)."""
+  groups = re.findall(r"\(([^)]*)\)|(\w)", side)
+  return tuple(int(np.prod([sizes[letter] for letter in (group or single).split()])) for group, single in groups)
+
+
+def check_names(rules: Iterable[Rule], config: ModelConfig, names: Iterable[str], ignored: Iterable[str] = ()):
+  """Raises UserError unless `names` are exactly the tensors of the rules; regexes in `ignored` may be there too."""
+  expected = {name for rule in rules for _, name in sources(rule, config)}
+  names = {name for name in names if not any(re.fullmatch(pattern, name) for pattern in ignored)}
+  problems = [
+    f"{title} {', '.join(sorted(found)[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}"
+    for title, found in (("it lacks", expected - names), ("nothing takes", names - expected))
+    if found
+  ]
+  if problems:
+    raise UserError(f"the checkpoint's tensors are not those of its config.json: {'; '.join(problems)}.")
+
+
+def to_ours(
+  rules: Iterable[Rule], config: ModelConfig, read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (path, float32 parameter), each stacked over layers and experts.
+
+  Args:
+    rules: of the family.
+    config: the model.
+    read: name of theirs -> array.
+
+  Raises:
+    UserError: a tensor has another shape than the config says.
+  """
+  for rule in rules:
+    theirs, ours = rule.pattern.split(" -> ")
+    stack = tuple(max(i) + 1 for i in zip(*(index for index, _ in sources(rule, config)), strict=True))
+    parameter = np.empty(stack + shape(ours, config.sizes), np.float32)
+    for index, name in sources(rule, config):
+      tensor = read(name)
+      if tensor.shape != shape(theirs, config.sizes):
+        raise UserError(
+          f"tensor {name} has shape {tensor.shape} and config.json makes it {shape(theirs, config.sizes)}: the "
+          "checkpoint is of another model."
+        )
+      parameter[index] = einops.rearrange(tensor, rule.pattern, **letters(rule.pattern, config))
+    yield rule.ours, parameter
+
+
+def to_theirs(
+  rules: Iterable[Rule], config: ModelConfig, parameters: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (their name, tensor), the inverse of `to_ours`."""
+  for rule in rules:
+    theirs, ours = rule.pattern.split(" -> ")
+    for index, name in sources(rule, config):
+      tensor = einops.rearrange(parameters[rule.ours][index], f"{ours} -> {theirs}", **letters(rule.pattern, config))
+      yield name, np.ascontiguousarray(tensor)
+
+
+def letters(pattern: str, config: ModelConfig) -> dict[str, int]:
+  """The sizes of the letters that occur in a pattern."""
+  return {letter: size for letter, size in config.sizes.items() if letter in pattern}

@@ -22,7 +22,6 @@ def get_config(activation="drelu"):
   config.train.batch_size = 128
   config.train.seq_len = 2048
   config.train.learning_rate = 1e-4
-  config.train.final_learning_rate = 1e-5
   config.train.warmup_steps = 2000
   config.train.checkpoint_every = 1000
   config.train.eval_every = 1000

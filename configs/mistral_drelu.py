@@ -22,7 +22,6 @@ def get_config(name="mistral_drelu", preset="mistral_7b"):
   config.train.batch_size = 2048
   config.train.seq_len = 4096
   config.train.learning_rate = 5e-5
-  config.train.final_learning_rate = 5e-6
   config.train.warmup_steps = 1000
   config.train.weight_decay = 0.1
   config.train.checkpoint_every = 500

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from tsparse.errors import UserError
 from tsparse.workdir import read_config
 
 
@@ -14,4 +15,7 @@ def get_config(workdir):
   def plain(tree):  # JSON has no tuples, and the fields of a config must not be lists
     return {k: plain(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
 
-  return ConfigDict(plain(read_config(Path(workdir))))
+  config = read_config(Path(workdir))
+  if "train" not in config:
+    raise UserError(f"{workdir} records no training: give the workdir of a run.")
+  return ConfigDict(plain(config))

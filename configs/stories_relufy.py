@@ -22,6 +22,5 @@ def get_config():
   config.train.batch_size = 16
   config.train.seq_len = 256
   config.train.learning_rate = 2e-3
-  config.train.final_learning_rate = 2e-4
   config.analysis.tokens = 40_000
   return config

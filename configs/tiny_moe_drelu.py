@@ -13,5 +13,4 @@ def get_config():
   config.activation = "drelu"
   config.train.steps = 300
   config.train.learning_rate = 3e-3
-  config.train.final_learning_rate = 3e-4
   return config

@@ -13,6 +13,5 @@ def get_config():
   config.train.steps = 450
   config.train.seq_len = 128
   config.train.learning_rate = 3e-3
-  config.train.final_learning_rate = 3e-4
   config.analysis.tokens = 32_768
   return config

@@ -8,9 +8,11 @@ import pytest
 from rich.console import Console
 
 from configs import tiny_moe_drelu, tiny_relufy
-from tsparse import experiment, sharding
+from tsparse import experiment
+from tsparse import workdir as workdirs
 from tsparse.check import check
 from tsparse.errors import RunFailure, UserError
+from tsparse.train.loop import data_seed
 
 WORDS = ["the cat", "a dog", "sat on", "ran to", "the mat", "his house", "and slept", "then ate"]
 
@@ -73,21 +75,23 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
     experiment.run(other, workdir, quiet())
   assert (workdir / "config.json").read_text() == before
 
+  # a recovery meets other batches than its base did
+  assert data_seed(0, 0) != data_seed(0, base["trained_tokens"])
+
   # the workdir is an init for others; an init of another architecture or vocabulary is refused
   further = small(text)
   further.init = str(workdir / "base")
   further.activation = "fatrelu:0.01"
-  mesh = sharding.make_mesh(further.mesh)
-  check(further, mesh)
+  check(further)
   further.model.d_ff = 128
   with pytest.raises(UserError, match="d_ff is 64 there and 128 here"):
-    check(further, mesh)
+    check(further)
   held = json.loads((workdir / "base" / "config.json").read_text())
   held["data"]["vocabulary"] = "other.model"
   (workdir / "base" / "config.json").write_text(json.dumps(held))
   further.model.d_ff = 64
   with pytest.raises(UserError, match="vocabulary 'other.model'"):
-    check(further, mesh)
+    check(further)
 
 
 def test_a_moe_from_random_parameters_is_one_model_with_zeros_by_expert(text, tmp_path):
@@ -111,6 +115,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("train.steps", 0, "config.train.steps is 0"),
     ("train.seq_len", 513, "the model is made for at most 512"),
     ("train.z_loss", -1.0, "must not be negative"),
+    ("train.learning_rate", float("inf"), "positive and finite"),
+    ("train.final_learning_rate_fraction", 2.0, "would rise"),
+    ("seed", 2**40, "below 2"),
+    ("model.rope_theta", -1.0, "rope_theta"),
+    ("base.train.steps", 2, "config.base: config.train.warmup_steps is 2"),
     ("train.b1", 1.0, "config.train.b1"),
     ("train.warmup_steps", 12, "warmup_steps is 12"),
     ("train.microbatches", 3, "multiple of config.train.microbatches"),
@@ -118,10 +127,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("analysis.levels", (0.5, 1.0), "0 <= level < 1"),
     ("analysis.levels", ("half",), "0 <= level < 1"),
     ("model.remat", "some", "choose one of none, dots, full"),
-    ("model.vocab_size", 100 * 8, None),
     ("model.vocab_size", 256, "has 259 ids"),
     ("model.d_ff", 10**9, "does not fit"),
-    ("mesh.data", 3, "covers 3 devices|covers"),
+    ("mesh", {"data": 3, "fsdp": 1, "tensor": 1, "expert": 1}, "covers 3 devices"),
     ("init", "/nowhere", "no workdir of tsparse"),
     ("data.train", "nothing.jsonl", "Cannot read"),
     ("data.train", "stdlb", "did you mean 'stdlib'"),
@@ -132,12 +140,40 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(field, value, 
   config = small(text)
   section, _, key = field.rpartition(".")
   (config[section] if section else config)[key] = value
-  if sentence is None:
-    check(config, sharding.make_mesh(config.mesh))
-    return
   with pytest.raises(UserError, match=sentence):
     experiment.run(config, tmp_path / "run", quiet())
   assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_smaller_than_the_models_is_fine(text):
+  config = small(text)
+  config.model.vocab_size = 800
+  check(config)
+
+
+def test_a_workdir_has_one_writer_and_many_readers(text, tmp_path):
+  config, writer = small(text, tiny_moe_drelu), tmp_path / "writer"
+  experiment.run(config, writer, quiet())
+  unfinished = writer / "checkpoints" / "99.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  reader = small(text, tiny_moe_drelu)
+  reader.init = str(writer)
+  with workdirs.claim(writer, config):
+    with pytest.raises(UserError, match="in use by another process"):
+      experiment.run(config, writer, quiet())
+    experiment.run(reader, tmp_path / "reader", quiet())
+  assert unfinished.exists()
+
+
+def test_an_init_without_a_checkpoint_is_refused_and_untouched(text, tmp_path):
+  config = small(text)
+  with workdirs.claim(tmp_path / "init", config):
+    pass
+  config.init = str(tmp_path / "init")
+  before = sorted(path.name for path in (tmp_path / "init").iterdir())
+  with pytest.raises(UserError, match="holds no checkpoint"):
+    experiment.run(config, tmp_path / "run", quiet())
+  assert sorted(path.name for path in (tmp_path / "init").iterdir()) == before and not (tmp_path / "run").exists()
 
 
 def test_a_malformed_line_is_named(text, tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
 from tsparse.errors import UserError
+from tsparse.models.config import PRESETS
+from tsparse.models.transformer import Transformer, abstract_parameters
 
 
 def mesh_sizes(**sizes):
@@ -34,6 +38,18 @@ def test_constraints_are_in_the_program_and_only_under_a_mesh():
   assert "sharding_constraint" not in program()
   with jax.set_mesh(sharding.make_mesh(mesh_sizes(fsdp=8))):
     assert "sharding_constraint" in program()
+
+
+@pytest.mark.parametrize(("experts", "expected"), [(0, 7), (4, 8)])
+def test_every_constraint_of_the_model_is_in_its_program(experts, expected):
+  """Embedding, layer input, query, key, hidden (with experts also the router's weights), layer output, logits."""
+  config = dataclasses.replace(PRESETS["tiny"], num_experts=experts, experts_per_token=min(2, experts))
+  model = Transformer(config)
+  shapes, _ = abstract_parameters(model)
+  row = jax.ShapeDtypeStruct((8, 4), "int32")
+  with jax.set_mesh(sharding.make_mesh(mesh_sizes(fsdp=8))):
+    program = jax.make_jaxpr(model.apply)({"params": shapes}, row, row, row)
+  assert str(program).count("sharding_constraint[") == expected
 
 
 def test_an_axis_that_does_not_divide_is_named():

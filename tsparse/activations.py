@@ -17,6 +17,7 @@ To add one: write the function with its formula and paper, add a line to ACTIVAT
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 
 import jax
@@ -110,12 +111,9 @@ def activation(name: str) -> Activation:
     function, zero_where = ACTIVATIONS[key]
     return Activation(name, function, zero_where)
   if key in PARAMETRIC:
-    try:
-      value = float(text)
-    except ValueError:
-      value = -1.0
-    if not 0 <= value < float("inf"):
+    if not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", text):
       raise UserError(f"activation {name!r} needs a non-negative number after the colon, as in '{key}:0.01'.")
+    value = float(text)
     function, zero_where = PARAMETRIC[key]
     return Activation(name, lambda gate, up: function(gate, up, value), zero_where.format(value))
   known = [*ACTIVATIONS, *(f"{key}:NUMBER" for key in PARAMETRIC)]

@@ -15,30 +15,37 @@ from tsparse.models.transformer import remat_policy
 from tsparse.train import memory
 from tsparse.train.loop import prepare
 
+SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "mesh", "analysis")
 POSITIVE = (
   "steps", "batch_size", "seq_len", "microbatches", "learning_rate", "clip_norm", "log_every", "checkpoint_every",
   "keep_checkpoints", "eval_every", "eval_batches",
 )  # fmt: skip
-NOT_NEGATIVE = ("final_learning_rate", "weight_decay", "z_loss")
+NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss")
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
 FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len")
 
 
-def check(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
+  missing = [name for name in SECTIONS if name not in config]
+  if missing:
+    raise UserError(f"the config has no {', '.join(missing)}: start it from configs/default.py, get_config().")
+  mesh = sharding.make_mesh(config.mesh)
   if jax.process_count() > 1:
     raise UserError(
       f"{jax.process_count()} hosts were started: training runs on one host with all its devices for now."
     )
   settings = config.train
   for key in POSITIVE:
-    if not settings[key] > 0:
-      raise UserError(f"config.train.{key} is {settings[key]}; it must be positive.")
+    if not 0 < settings[key] < float("inf"):
+      raise UserError(f"config.train.{key} is {settings[key]}; it must be positive and finite.")
   for key in NOT_NEGATIVE:
-    if not settings[key] >= 0:
-      raise UserError(f"config.train.{key} is {settings[key]}; it must not be negative.")
-  if config.seed < 0:
-    raise UserError(f"config.seed is {config.seed}; it must not be negative.")
+    if not 0 <= settings[key] < float("inf"):
+      raise UserError(f"config.train.{key} is {settings[key]}; it must not be negative, and finite.")
+  if settings.final_learning_rate_fraction > 1:
+    raise UserError("config.train.final_learning_rate_fraction is above 1: the learning rate would rise, not decay.")
+  if not 0 <= config.seed < 2**31:
+    raise UserError(f"config.seed is {config.seed}; it must be at least 0 and below 2^31.")
   if not (0 <= settings.b1 < 1 and 0 <= settings.b2 < 1):
     raise UserError(f"config.train.b1 and b2 are {settings.b1} and {settings.b2}; each must be at least 0 and below 1.")
   if not 0 <= settings.warmup_steps < settings.steps:

@@ -34,7 +34,7 @@ def script(main: Callable[[], None], description: str):
     print(f"failed: {error}", file=sys.stderr)
     sys.exit(1)
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+    print("interrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr)
     sys.exit(130)
 
 
@@ -49,9 +49,13 @@ def parse(argv: list[str]):
     positional = flags.FLAGS(argv)[1:]
   except (AttributeError, KeyError):  # what ml_collections raises for an override of a field that is not there
     raise UserError(unknown_field(argv)) from None
+  except UserError:
+    raise
   except flags.Error as error:
     lines = str(error).strip().splitlines()  # an error inside a config file comes as a whole traceback
     raise UserError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}") from None
+  except Exception as error:  # a config file is a program of the user's: anything may come out of it
+    raise UserError(f"the config cannot be loaded ({type(error).__name__}: {error}).") from None
   if positional:
     raise UserError(f"arguments {positional} were not expected: flags are written --name=value.")
 
@@ -61,7 +65,10 @@ def unknown_field(argv: list[str]) -> str:
   overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
   sys.argv = [argument for argument in argv if argument not in overrides]  # ml_collections looks for overrides here
   flags.FLAGS.unparse_flags()
-  flags.FLAGS(sys.argv)
+  try:
+    flags.FLAGS(sys.argv)
+  except AttributeError as error:  # not the override, but the config file itself
+    return f"the config cannot be loaded ({error}): it needs a get_config() that returns a ConfigDict."
   fields = flatten(flags.FLAGS["config"].value.to_dict())
   name = next(name for name in (o.lstrip("-").partition("=")[0] for o in overrides) if name not in fields)
   nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]

@@ -1,7 +1,9 @@
 """One experiment from its config: check, train or ReLUfy, analyse, report. `experiments/run.py` calls `run`."""
 
+import contextlib
 import copy
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,15 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from tsparse import sharding
+from tsparse import files, sharding
 from tsparse import workdir as workdirs
 from tsparse.activations import activation
 from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
 from tsparse.check import check
-from tsparse.convert.model import open_model
+from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches
+from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer
 from tsparse.progress import ProgressLine
@@ -35,20 +38,24 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     RunFailure: training went wrong.
   """
   console = console or Console()
-  mesh = sharding.make_mesh(config.mesh)
   base = base_config(config)
   init = workdir / "base" if base else Path(config.init) if config.init else None
   stages = [(config, workdir, init, f"{'recovery' if init else 'training'} ({config.activation})")]
   if base:
     stages.insert(0, (base, workdir / "base", None, f"base ({base.activation})"))
   with console.status("reading the data"):
-    for stage, *_ in stages:
-      check(stage, mesh)
-  for stage, folder, *_ in reversed(stages):
-    workdirs.claim(folder, stage)
+    for stage, folder, *_ in stages:
+      try:
+        check(stage)
+      except UserError as error:
+        raise UserError(f"config.base: {error}" if stage is base else str(error)) from None
+      workdirs.check_free(folder, stage)
 
   seconds = {}
-  with jax.set_mesh(mesh):
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as claims:
+    for stage, folder, *_ in stages:
+      claims.enter_context(workdirs.claim(folder, stage))
     held_out = evaluation_batches(
       config.data,
       seq_len=config.train.seq_len,
@@ -57,18 +64,27 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     )
     for stage, folder, start, title in stages:
       began = time.monotonic()
-      quick = dataclasses.replace(held_out, batches=held_out.batches[: stage.train.eval_batches])
-      train(stage, folder, mesh, quick, console, title, start and open_model(start).restore)
+      quick = held_out.batches[: stage.train.eval_batches]
+      restore = open_init(start, folder).restore if start else None
+      train(stage, folder, mesh, quick, console, title, restore)
       seconds[title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
     analysis = analyze_stages(config, workdir, init, mesh, held_out, console)
     seconds["analysis"] = round(time.monotonic() - began, 1)
 
-  facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
-  page = write_report(analysis, facts, workdir / "report")
+    facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
+    page = write_report(analysis, facts, workdir / "report")
   print_table(analysis, console)
   console.print(f"report  {page}", highlight=False, soft_wrap=True)
   return analysis
+
+
+def open_init(init: Path, workdir: Path) -> Model:
+  """The model that the experiment of `workdir` starts from: the checkpoint that was the newest at its first start."""
+  record = workdir / "init.json"
+  if not record.exists():
+    files.write(record, files.to_json({"model": init, "step": open_model(init).step}))
+  return open_model(init, json.loads(record.read_text())["step"])
 
 
 def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
@@ -96,27 +112,27 @@ def analyze_stages(
   target = prepare(config, mesh).target.params
   model = model_config(config)
   if init is None:
-    cases = [("trained", workdir, model.activation, config.analysis.levels)]
+    cases = [("trained", open_model(workdir), model.activation, config.analysis.levels)]
   else:
-    before = open_model(init).config.activation
-    cases = [("base", init, before, config.analysis.levels)]
+    start = open_init(init, workdir)
+    before = start.config.activation
+    cases = [("base", start, before, config.analysis.levels)]
     if before != model.activation:
-      cases.append(("swapped", init, model.activation, ()))
-    cases.append(
-      ("recovered" if before != model.activation else "trained", workdir, model.activation, config.analysis.levels)
-    )
+      cases.append(("swapped", start, model.activation, ()))
+    name = "recovered" if before != model.activation else "trained"
+    cases.append((name, open_model(workdir), model.activation, config.analysis.levels))
 
   models = []
   with ProgressLine(console, "analysis", 0, sum(1 + len(levels) for *_, levels in cases)) as bar:
-    for name, folder, act, levels in cases:
-      params, tokens = open_model(folder).restore(target)
+    for name, stored, act, levels in cases:
+      params, tokens = stored.restore(target)
       entry = analyze(
         name,
         Transformer(dataclasses.replace(model, activation=activation(act).name)),
         params,
         held_out,
         mesh,
-        source=str(folder),
+        source=str(stored.path),
         text=f"{config.data.validation or config.data.train} (held out)",
         trained_tokens=tokens,
         levels=levels,

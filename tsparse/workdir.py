@@ -5,12 +5,16 @@ environment.json   versions, git revision, device and command, one entry for eac
 checkpoints/  metrics.jsonl  tensorboard/  report/
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,34 +47,48 @@ def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
   return flat
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict):
-  """Makes `workdir` the workdir of `config`, or confirms that it is.
+def check_free(workdir: Path, config: ml_collections.ConfigDict):
+  """Raises UserError when `workdir` holds another config than `config`."""
+  if not (workdir / "config.json").exists():
+    return
+  old, new = flatten(read_config(workdir)), flatten(_resolved(config))
+  changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+  if changed:
+    shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
+    more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+    raise UserError(
+      f"workdir {workdir} holds another experiment ({shown}{more}): give another --workdir, or the same config to "
+      "resume."
+    )
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+  """Makes `workdir` the workdir of `config` and, while the context is open, this process its only writer.
 
   Raises:
-    UserError: the folder cannot be written, or holds another config; then nothing was changed.
+    UserError: the folder cannot be written, another process works there, or it holds another config.
   """
-  resolved = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    held = (workdir / "config.json").exists()
-    if not held:
-      files.write(workdir / "config.json", files.to_json(resolved))
-    elif not os.access(workdir, os.W_OK):
-      raise PermissionError("the folder is read-only")
+    lock = (workdir / ".lock").open("w")
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f"workdir {workdir} cannot be written ({reason}): give another --workdir.") from None
-  if held:
-    old, new = flatten(read_config(workdir)), flatten(resolved)
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if changed:
-      shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
-      more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-      raise UserError(
-        f"workdir {workdir} holds another experiment ({shown}{more}): give another --workdir, or the same config to "
-        "resume."
-      )
-  record_environment(workdir)
+  with lock:  # the kernel frees it however the process ends
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"workdir {workdir} is in use by another process: wait for it, or give another.") from None
+    check_free(workdir, config)
+    if not (workdir / "config.json").exists():
+      files.write(workdir / "config.json", files.to_json(_resolved(config)))
+    record_environment(workdir)
+    yield
+
+
+def _resolved(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  return json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
 
 
 def environment() -> dict[str, Any]:
@@ -89,7 +107,7 @@ def environment() -> dict[str, Any]:
   device = jax.devices()[0]
   return {
     "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    "command": " ".join(sys.argv),
+    "command": shlex.join(sys.argv),
     "git": revision or "unknown",
     "python": platform.python_version(),
     "versions": {name: metadata.version(name) for name in PACKAGES},

@@ -8,6 +8,7 @@ from tsparse import sharding
 from tsparse.analysis import masks
 from tsparse.analysis.analyze import analyze
 from tsparse.data import EvaluationSet
+from tsparse.evaluate import perplexity
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer, init_parameters
 
@@ -82,18 +83,14 @@ def test_analysis_equals_a_direct_computation(experts):
 
 
 def test_a_sweep_of_levels_compiles_once():
+  """One program for the model as it is, and one for all levels."""
   config = default.get_config()
   config.model.update({"num_layers": 1, "d_model": 16, "d_ff": 32, "head_dim": 4})
   model, data = Transformer(model_config(config)), held_out(config)
   params = init_parameters(model, jax.random.key(0))
-  traced = []
-
-  @jax.jit
-  def masked(level):
-    traced.append(level)
-    batch = data.batches[0]
-    mask = masks.topk_everywhere(level, 1)
-    return model.apply({"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"], mask)[0].sum()
-
-  assert len({float(masked(level)) for level in (0.0, 0.5, 0.8, 0.9)}) == 4
-  assert len(traced) == 1
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:1])
+  before = perplexity.compiled._cache_size()
+  with jax.set_mesh(mesh):
+    result = analyze("m", model, params, data, mesh, source="", text="", trained_tokens=0, levels=(0.0, 0.5, 0.8, 0.9))
+  assert len({point["loss"] for point in result["curve"]}) == 4
+  assert perplexity.compiled._cache_size() == before + 2

@@ -114,6 +114,6 @@ def test_weight_decay_spares_the_norms():
 
 
 def test_learning_rate_warms_up_and_decays_to_its_final_value():
-  train = small(steps=100, warmup_steps=10, learning_rate=1e-3, final_learning_rate=1e-4).train
+  train = small(steps=100, warmup_steps=10, learning_rate=1e-3, final_learning_rate_fraction=0.1).train
   rates = [float(learning_rate(train)(step)) for step in (0, 5, 10, 55, 100)]
   np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-5)

@@ -23,17 +23,19 @@ class Model:
     path: where it is.
     config: the model, its activation included.
     vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
+    step: of the checkpoint; 0 for Hugging Face.
     restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
   """
 
   path: Path
   config: ModelConfig
   vocabulary: str
+  step: int
   restore: Callable[[Any], tuple[Any, int]]
 
 
-def open_model(path: Path) -> Model:
-  """The model stored in a folder.
+def open_model(path: Path, step: int | None = None) -> Model:
+  """The model stored in a folder: of a workdir the newest checkpoint, or that of `step`.
 
   Raises:
     UserError: the folder is neither a Hugging Face directory nor a workdir, or is damaged.
@@ -41,7 +43,7 @@ def open_model(path: Path) -> Model:
   fields = workdirs.read_config(path)
   if "model_type" in fields:
     directory = Directory(path)
-    return Model(path, directory.config, str(path), lambda target: (_place(directory, target), 0))
+    return Model(path, directory.config, str(path), 0, lambda target: (_place(directory, target), 0))
   try:
     config = ModelConfig(**fields["model"], activation=fields["activation"])
     vocabulary = fields["data"]["vocabulary"]
@@ -49,7 +51,8 @@ def open_model(path: Path) -> Model:
     raise UserError(f"{path}/config.json is neither of Hugging Face nor of a workdir of tsparse ({error}).") from None
   inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
   vocabulary = str(inside) if inside.exists() else vocabulary
-  return Model(path, config, vocabulary, lambda target: checkpoint.restore_parameters(path, target))
+  step = checkpoint.latest_step(path) if step is None else step
+  return Model(path, config, vocabulary, step, lambda target: checkpoint.restore_parameters(path, step, target))
 
 
 def _place(directory: Directory, target: Any) -> Any:

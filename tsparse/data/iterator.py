@@ -245,13 +245,10 @@ def _validation(data) -> tuple[str, str]:
 
 
 def _check_disjoint(data):
-  if not data.validation:
-    return
-  train, validation = (tasks.own_documents(name) or {} for name in (data.train, data.validation))
-  if "files" in train and "files" in validation:
-    both = set(train["files"]["all"].files) & set(validation["files"]["all"].files)
-    if both:
-      raise UserError(
-        f"{min(both)} is in data.train and in data.validation; name different files, "
-        "or leave data.validation empty to hold out one document in 20."
-      )
+  train, validation = (tasks.own_documents(name) or {} if name else {} for name in (data.train, data.validation))
+  files = "files" in train and "files" in validation
+  if files and np.isin(validation["files"]["all"].crc, train["files"]["all"].crc).all():
+    raise UserError(
+      f"Every document of data.validation {data.validation} is in data.train too; name other files, "
+      "or leave data.validation empty to hold out one document in 20."
+    )

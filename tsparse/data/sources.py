@@ -156,8 +156,8 @@ def _text_of_line(line: bytes, place: str) -> bytes:
   wanted = 'each line must be a JSON object with a string field "text"'
   try:
     record = json.loads(_decode(line, place))
-  except json.JSONDecodeError as e:
-    raise UserError(f"{place} is not JSON ({e.msg} at column {e.colno}); {wanted}.") from e
+  except (ValueError, RecursionError) as e:  # also a number too long, or brackets too deep, to be read
+    raise UserError(f"{place} is not JSON ({e}); {wanted}.") from e
   if not isinstance(record, dict) or "text" not in record:
     found = f"fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
     raise UserError(f'{place} has no field "text" ({found}); {wanted}.')

@@ -70,7 +70,7 @@ def batch_sums(
   return jnp.sum(nll, where=batch["segment_ids"] > 0), counts
 
 
-_batch_sums = jax.jit(batch_sums, static_argnums=0)
+compiled = jax.jit(batch_sums, static_argnums=0)
 
 
 def evaluate(
@@ -91,7 +91,7 @@ def evaluate(
   """
   nll, tokens, fired, routed = 0.0, 0, 0.0, 0.0
   for batch in batches:
-    batch_nll, counts = _batch_sums(model, params, place(batch, mesh), intervention)
+    batch_nll, counts = compiled(model, params, place(batch, mesh), intervention)
     nll += float(batch_nll)
     tokens += int((batch["segment_ids"] > 0).sum())
     fired += np.asarray(counts.fired, np.float64)

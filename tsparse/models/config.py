@@ -48,6 +48,8 @@ class ModelConfig:
     activation(self.activation)
     for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
       require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
+    require(0 < self.rope_theta < float("inf"), f"rope_theta is {self.rope_theta}, it must be positive")
+    require(0 < self.norm_eps < 1, f"norm_eps is {self.norm_eps}, it must be a small positive number")
     heads, kv_heads = self.num_heads, self.num_kv_heads
     require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
     require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, rotary embeddings need pairs")
@@ -130,7 +132,7 @@ PRESETS = {
     remat="full",
   ),
   "llama2_7b": dataclasses.replace(
-    MISTRAL_7B, d_ff=11_008, num_kv_heads=32, max_seq_len=4096, sliding_window=0, norm_eps=1e-5
+    MISTRAL_7B, d_ff=11_008, num_kv_heads=32, max_seq_len=4096, sliding_window=0
   ),
   "mistral_7b": MISTRAL_7B,
   "mixtral_8x7b": dataclasses.replace(

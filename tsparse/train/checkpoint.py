@@ -14,15 +14,33 @@ import orbax.checkpoint as ocp
 from tsparse.errors import UserError
 from tsparse.train.step import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each item it was not asked for as a warning
+# Orbax warns of each item of a checkpoint that it was not asked for.
+logging.getLogger("absl").addFilter(lambda record: "could not be restored" not in str(record.msg))
 
 
-def manager(workdir: Path, keep: int = 1) -> ocp.CheckpointManager:
-  """The checkpoints of a workdir; use it as a context, which waits for the last save."""
+def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
+  """The checkpoints of a workdir, to write; use it as a context, which waits for the last save."""
   options = ocp.CheckpointManagerOptions(
     preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
   )
   return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def reader(workdir: Path) -> ocp.CheckpointManager:
+  """The checkpoints of a workdir, to read: nothing there is changed, whoever may be writing."""
+  folder = (workdir / "checkpoints").absolute()
+  if not folder.is_dir():
+    raise UserError(f"{workdir} holds no checkpoint: train it first.")
+  return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def latest_step(workdir: Path) -> int:
+  """The newest finished checkpoint of a workdir; UserError when there is none."""
+  with reader(workdir) as checkpoints:
+    step = checkpoints.latest_step()
+  if step is None:
+    raise UserError(f"{workdir} holds no finished checkpoint yet: wait for its first, or train it.")
+  return step
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: bytes, tokens_seen: int):
@@ -47,7 +65,7 @@ def save_parameters(workdir: Path, params: Any, tokens_seen: int):
   arguments = ocp.args.Composite(
     params=ocp.args.StandardSave(params), data=ocp.args.JsonSave({"tokens_seen": tokens_seen})
   )
-  with manager(workdir) as checkpoints:
+  with manager(workdir, keep=1) as checkpoints:
     checkpoints.save(0, args=arguments)
 
 
@@ -65,13 +83,12 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -
   return state, base64.b64decode(found["data"]["iterator"]), found["data"]["tokens_seen"]
 
 
-def restore_parameters(workdir: Path, target: Any) -> tuple[Any, int]:
-  """The newest parameters of a workdir, with the shapes and shardings of `target`, and the tokens they have seen."""
-  with manager(workdir) as checkpoints:
-    step = checkpoints.latest_step()
-    if step is None:
-      raise UserError(f"{workdir} holds no finished checkpoint: train it first.")
-    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+def restore_parameters(workdir: Path, step: int, target: Any) -> tuple[Any, int]:
+  """The parameters of a step, with the shapes and shardings of `target`, and the tokens they have seen."""
+  arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+  with reader(workdir) as checkpoints:
+    if step not in checkpoints.all_steps():
+      raise UserError(f"{workdir} no longer holds the checkpoint of step {step}: it has trained on since.")
     found = checkpoints.restore(step, args=arguments)
   return found["params"], found["data"]["tokens_seen"]
 

@@ -4,20 +4,21 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from tsparse import sharding
-from tsparse.data import EvaluationSet, train_iterator
+from tsparse.data import train_iterator
 from tsparse.errors import RunFailure
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
@@ -38,7 +39,6 @@ class Run:
 
   model: Transformer
   tx: optax.GradientTransformation
-  mesh: jax.sharding.Mesh
   target: TrainState  # ShapeDtypeStructs with shardings
 
 
@@ -56,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
       jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, shardings, replicated)
     ),
   )
-  return Run(model, tx, mesh, target)
+  return Run(model, tx, target)
 
 
 def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, int]:
@@ -79,11 +79,11 @@ def train(
   config: ml_collections.ConfigDict,
   workdir: Path,
   mesh: jax.sharding.Mesh,
-  validation: EvaluationSet,
+  validation: Sequence[dict[str, np.ndarray]],
   console: Console,
   title: str,
   init: Init | None = None,
-) -> tuple[Run, TrainState]:
+) -> None:
   """Trains what `config` says, resuming from the newest checkpoint of `workdir` if there is one.
 
   Args:
@@ -95,15 +95,11 @@ def train(
     title: what progress calls this stage.
     init: gives the parameters to start from; None starts from random ones.
 
-  Returns:
-    The run and its state after `config.train.steps` steps.
-
   Raises:
     RunFailure: the loss or the gradient is not finite.
   """
   settings = config.train
   run = prepare(config, mesh)
-  data = train_iterator(config.data, seq_len=settings.seq_len, batch_size=settings.batch_size, seed=config.seed)
   train_step = jax.jit(
     make_train_step(
       run.model,
@@ -116,11 +112,18 @@ def train(
   )
 
   with checkpoint.manager(workdir, keep=settings.keep_checkpoints) as checkpoints:
-    start = checkpoints.latest_step()
-    if start is None:
-      start, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
-    else:
+    start, position = checkpoints.latest_step() or 0, None
+    if start:
       state, position, tokens_seen = checkpoint.restore(checkpoints, start, run.target)
+    else:
+      state, tokens_seen = initial_state(run, config.seed, init)
+    data = train_iterator(
+      config.data,
+      seq_len=settings.seq_len,
+      batch_size=settings.batch_size,
+      seed=data_seed(config.seed, tokens_seen - start * settings.batch_size * settings.seq_len),
+    )
+    if position:
       data.restore(position)
       console.print(f"{title}  resumed at step {start} of {settings.steps}", highlight=False)
 
@@ -133,16 +136,16 @@ def train(
       loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
       if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunFailure(
-          f"{title}: loss {loss} and gradient norm {grad_norm} at step {step} are not finite. The last good checkpoint "
-          f"in {workdir} is untouched; lower --config.train.learning_rate or --config.train.clip_norm, or raise "
-          "warmup_steps."
+          f"{title}: loss {loss} and gradient norm {grad_norm} at step {step} are not finite; nothing was saved of "
+          f"that step in {workdir}. Start again in a new --workdir with a lower --config.train.learning_rate or "
+          "--config.train.clip_norm, or more warmup_steps."
         )
       speed = clock.tick(float(metrics["tokens"]))
       zeros = float(metrics["zero_fraction"])
       pace = f"{speed:,.0f} tokens/s" if speed else "compiled"
       bar.update(step, f"loss {loss:.3f}  {pace}  zeros {zeros:.1%}")
       if step % settings.log_every == 0 or step == settings.steps:
-        facts = {"tokens_per_second": speed, "seconds_waiting_for_data": clock.waited}
+        facts = {"tokens_per_second": speed, "data_wait_fraction": clock.waited_fraction()}
         writer.write(step, {"loss": loss, **metrics, **facts})
 
     try:
@@ -160,32 +163,51 @@ def train(
             report(**unread)  # before anything is kept of this step, its loss is known to be finite
             unread = {}
           if last or step % settings.eval_every == 0:
-            held_out = evaluate(run.model, state.params, validation.batches, mesh)
+            held_out = evaluate(run.model, state.params, validation, mesh)
             writer.write(step, {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction})
           if last or step % settings.checkpoint_every == 0:
             checkpoint.save(checkpoints, state, data.state(), tokens_seen)
+          if not unread:
+            clock.restart()
     finally:
       writer.close()
-  return run, state
+
+
+def data_seed(seed: int, tokens_seen: int) -> int:
+  """Seed of the order of the data: another for a model that has been trained before, lest it meet the same batches."""
+  return int(np.random.SeedSequence([seed, tokens_seen]).generate_state(1)[0])
 
 
 class Clock:
-  """Tokens per second, smoothed over about 20 steps, and the time spent waiting for data."""
+  """Tokens per second of the steps alone, smoothed over about 20 of them, and the share of time spent on data."""
 
   def __init__(self):
-    self.waited = 0.0
     self._last = self._seconds = None
+    self._waited, self._logged = 0.0, time.monotonic()
 
   def tick(self, tokens: float) -> float:
     """Tokens per second, `tokens` having been processed since the last tick; 0 at the first, which compiles."""
     now = time.monotonic()
-    seconds, self._last = now - (self._last or now), now
-    self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
+    if self._last is not None:
+      seconds = now - self._last
+      self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
+    self._last = now
     return tokens / self._seconds if self._seconds else 0.0
+
+  def restart(self):
+    """Leaves out the time since the last tick: an evaluation or a checkpoint."""
+    self._last = time.monotonic()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
     """A context whose time counts as waiting for data."""
     entered = time.monotonic()
     yield
-    self.waited += time.monotonic() - entered
+    self._waited += time.monotonic() - entered
+
+  def waited_fraction(self) -> float:
+    """Share of the time since the last call that was spent waiting for data."""
+    now = time.monotonic()
+    fraction = self._waited / (now - self._logged)
+    self._waited, self._logged = 0.0, now
+    return fraction

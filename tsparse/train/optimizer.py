@@ -12,13 +12,13 @@ NOT_DECAYED = r".*(norm|bias)"  # scales and biases
 
 
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then cosine to `final_learning_rate` at `steps`."""
+  """Linear from 0 over `warmup_steps`, then cosine to its `final_learning_rate_fraction` at `steps`."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=train.learning_rate,
     warmup_steps=train.warmup_steps,
     decay_steps=train.steps,
-    end_value=train.final_learning_rate,
+    end_value=train.learning_rate * train.final_learning_rate_fraction,
   )
 
 

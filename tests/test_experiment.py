@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("model.vocab_size", 256, "has 259 ids"),
     ("model.d_ff", 10**9, "does not fit"),
     ("mesh", {"data": 3, "fsdp": 1, "tensor": 1, "expert": 1}, "covers 3 devices"),
-    ("init", "/nowhere", "no workdir of tsparse"),
+    ("init", "/nowhere", "holds no model"),
     ("data.train", "nothing.jsonl", "Cannot read"),
     ("data.train", "stdlb", "did you mean 'stdlib'"),
     ("data.vocabulary", "no.model", "no.model"),
@@ -156,13 +156,14 @@ def test_a_workdir_has_one_writer_and_many_readers(text, tmp_path):
   experiment.run(config, writer, quiet())
   unfinished = writer / "checkpoints" / "99.orbax-checkpoint-tmp"
   unfinished.mkdir()
+  before = sorted(str(path) for path in (writer / "checkpoints").rglob("*"))
   reader = small(text, tiny_moe_drelu)
   reader.init = str(writer)
   with workdirs.claim(writer, config):
     with pytest.raises(UserError, match="in use by another process"):
       experiment.run(config, writer, quiet())
     experiment.run(reader, tmp_path / "reader", quiet())
-  assert unfinished.exists()
+  assert sorted(str(path) for path in (writer / "checkpoints").rglob("*")) == before
 
 
 def test_an_init_without_a_checkpoint_is_refused_and_untouched(text, tmp_path):

@@ -33,7 +33,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f"{workdir} is no workdir of tsparse (no config.json): give the folder a run wrote.") from None
+    raise UserError(f"{workdir} holds no model (no config.json): give a workdir or a Hugging Face folder.") from None
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}): give the folder of a whole run.") from None
 

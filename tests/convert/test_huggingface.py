@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from configs import stories_relufy
+from tsparse import experiment
 from tsparse.convert.convert import convert
 from tsparse.convert.model import open_model
 from tsparse.errors import UserError
@@ -263,3 +266,24 @@ def test_the_real_model_has_its_reference_loss(shared_data):
     total -= logp[np.arange(len(logp)), ids[0, 1:]].sum()
     count += len(logp)
   assert total / count == pytest.approx(1.301, abs=2e-3)
+
+
+def test_the_real_model_is_relufied_exported_and_read_again(shared_data, tmp_path):
+  config = stories_relufy.get_config()
+  config.init = str(shared_data / "stories260k")
+  config.data.vocabulary = str(shared_data / "stories260k" / "tokenizer.model")
+  config.data.train = str(shared_data / "tinystories" / "train.jsonl")
+  config.data.validation = str(shared_data / "tinystories" / "valid_v2.jsonl")
+  config.train.update({"steps": 30, "warmup_steps": 5, "batch_size": 8})
+  config.analysis.update({"tokens": 6000, "batch_size": 8, "levels": (0.5,)})
+  analysis = experiment.run(config, tmp_path / "run", Console(quiet=True))
+  base, swapped, recovered = analysis["models"]
+  assert 1.2 < base["loss"] < 1.5 and base["trained_tokens"] == 0
+  assert swapped["loss"] > 5 and swapped["zero_fraction"]["mean"] == pytest.approx(0.75, abs=0.03)
+  assert recovered["loss"] < swapped["loss"] - 2
+
+  convert(tmp_path / "run", tmp_path / "out", "hf")
+  assert (tmp_path / "out" / "tokenizer.model").exists()
+  again = open_model(tmp_path / "out")
+  assert again.config.activation == "drelu"
+  jax.tree.map(np.testing.assert_array_equal, parameters(again), parameters(open_model(tmp_path / "run")))

@@ -43,7 +43,8 @@ def convert(source: Path, out: Path, format: str, activation: str = "", dtype: s
   config = dataclasses.replace(model.config, activation=activation or model.config.activation)
   params, tokens_seen = model.restore(_on_one_device(config))
   with new_folder(out) as folder:
-    copy_tokenizer(source, folder)  # its BOS and EOS too, where only the source's config.json names them
+    if model.vocabulary != "bytes":
+      copy_tokenizer(model.vocabulary, folder)
     WRITERS[format](dataclasses.replace(model, config=config), params, tokens_seen, folder, dtype)
   return open_model(out)
 
@@ -62,8 +63,7 @@ def _write_workdir(model: Model, params: Any, tokens_seen: int, folder: Path, dt
     "name": f"converted from {model.path}",
     "activation": fields.pop("activation"),
     "model": fields,
-    # the tokenizer's files are in the folder itself, unless the source's vocabulary lies elsewhere
-    "data": {"vocabulary": "." if model.vocabulary == str(model.path) else model.vocabulary},
+    "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else "."},  # the tokenizer's files came along
   }
   checkpoint.save_parameters(folder, params, tokens_seen)
   files.write(folder / "config.json", files.to_json(record))
@@ -73,8 +73,8 @@ def _write_huggingface(model: Model, params: Any, tokens_seen: int, folder: Path
   del tokens_seen
   flat = {sharding.path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
   fields, mapping, modeling = export_format(model.config, dtype)
-  if (folder / "config.json").exists():
-    raise UserError(f"{folder} holds a config.json already.")
+  if model.vocabulary == "bytes":
+    fields["tsparse_vocabulary"] = "bytes"
   tensors = rules.to_theirs(mapping, model.config, flat)
   write_directory(folder, fields, ((name, x.astype(jnp.dtype(dtype))) for name, x in tensors), modeling)
 

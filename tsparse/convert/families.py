@@ -51,10 +51,10 @@ FIELDS = {
 }
 # Fields that do not change the forward pass.
 NO_MATHS = {
-  "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "dtype", "eos_token_id",
-  "id2label", "initializer_range", "label2id", "model_type", "output_router_logits", "pad_token_id", "rope_parameters",
-  "rope_scaling", "rope_theta", "router_aux_loss_coef", "torch_dtype", "transformers_version", "unk_token_id",
-  "use_cache", "_name_or_path",
+  "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "dtype",
+  "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "output_router_logits", "pad_token_id",
+  "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "torch_dtype", "transformers_version",
+  "tsparse_vocabulary", "unk_token_id", "use_cache",
 }  # fmt: skip
 # Fields that would, by the only values that are supported.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,), "router_jitter_noise": (0.0, None)}

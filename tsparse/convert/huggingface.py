@@ -25,6 +25,7 @@ class Directory:
 
   Attributes:
     config: the model.
+    vocabulary: what loads its tokenizer: the folder, unless we exported a model over bytes.
 
   Raises:
     UserError: no config.json or safetensors, an unsupported config, a missing or damaged shard, or tensors that are
@@ -38,6 +39,7 @@ class Directory:
     except (OSError, ValueError) as error:
       raise UserError(f"{folder}/config.json cannot be read ({error}): give a Hugging Face directory.") from None
     self._rules, self.config = read_config(fields)
+    self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
     self._where = _tensor_files(folder)
     ignored = [*IGNORED, *(["lm_head.weight"] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._where, ignored)
@@ -101,12 +103,19 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
   return where
 
 
-def copy_tokenizer(source: Path, target: Path):
-  """Copies the tokenizer's files that `source` has; BOS and EOS go to generation_config.json if there is none."""
+def copy_tokenizer(vocabulary: str, target: Path):
+  """Copies the files of a tokenizer; BOS and EOS go to generation_config.json if there is none.
+
+  Args:
+    vocabulary: a folder with a tokenizer's files, or one of them.
+    target: a folder.
+  """
+  source = Path(vocabulary) if Path(vocabulary).is_dir() else Path(vocabulary).parent
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)
-  fields = json.loads((source / "config.json").read_text())
+  config = source / "config.json"
+  fields = json.loads(config.read_text()) if config.exists() else {}
   ends = {key: fields[key] for key in ("bos_token_id", "eos_token_id") if fields.get(key) is not None}
   if ends and not (target / "generation_config.json").exists():
     files.write(target / "generation_config.json", files.to_json(ends))

@@ -43,7 +43,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
   fields = workdirs.read_config(path)
   if "model_type" in fields:
     directory = Directory(path)
-    return Model(path, directory.config, str(path), 0, lambda target: (_place(directory, target), 0))
+    return Model(path, directory.config, directory.vocabulary, 0, lambda target: (_place(directory, target), 0))
   try:
     config = ModelConfig(**fields["model"], activation=fields["activation"])
     vocabulary = fields["data"]["vocabulary"]

@@ -31,7 +31,7 @@ def reader(workdir: Path) -> ocp.CheckpointManager:
   folder = (workdir / "checkpoints").absolute()
   if not folder.is_dir():
     raise UserError(f"{workdir} holds no checkpoint: train it first.")
-  return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+  return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
 def latest_step(workdir: Path) -> int:

@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   console = console or Console()
   base = base_config(config)
   init = workdir / "base" if base else Path(config.init) if config.init else None
-  stages = [(config, workdir, init, f"{'recovery' if init else 'training'} ({config.activation})")]
+  stages = [(config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})")]
   if base:
     stages.insert(0, (base, workdir / "base", None, f"base ({base.activation})"))
   with console.status("reading the data"):

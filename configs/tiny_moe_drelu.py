@@ -2,7 +2,8 @@
 
   python experiments/run.py --config=configs/tiny_moe_drelu.py
 
-2 CPU cores.
+2 CPU cores, 4 minutes (every expert is computed for every token): perplexity 6.84, 83.2 % zeros in the experts after
+0.61M tokens.
 """
 
 from configs import default
@@ -12,5 +13,7 @@ def get_config():
   config = default.get_config("tiny_moe_drelu", preset="tiny_moe")
   config.activation = "drelu"
   config.train.steps = 300
+  config.train.seq_len = 128
   config.train.learning_rate = 3e-3
+  config.analysis.tokens = 32_768
   return config

@@ -215,6 +215,17 @@ def test_a_damaged_or_unsupported_checkpoint_is_one_sentence_and_no_output(chang
   assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
+def test_weights_that_are_not_finite_are_named(source, tmp_path, caplog):
+  from safetensors.numpy import save_file
+
+  shutil.copytree(source, tmp_path / "theirs")
+  held = tensors(source)
+  held["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+  save_file(held, tmp_path / "theirs" / "model.safetensors")
+  parameters(open_model(tmp_path / "theirs"))
+  assert [record.args[0] for record in caplog.records] == ["model.layers.1.mlp.up_proj.weight"]
+
+
 def test_random_damage_is_a_sentence_or_harmless(source, tmp_path):
   rng = np.random.default_rng(0)
   refused = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from tsparse import files
 from tsparse.convert import rules
@@ -60,6 +61,8 @@ class Directory:
       raise UserError(f"{self._where[name]} is damaged ({error}): fetch it again.") from None
     if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
       raise UserError(f"tensor {name} is stored as {tensor.dtype}; only float32, float16 and bfloat16 are supported.")
+    if not np.isfinite(tensor.astype(np.float32)).all():
+      logging.warning("tensor %s of %s holds values that are not finite", name, self._where[name])
     return tensor
 
   def parameters(self) -> Iterable[tuple[str, np.ndarray]]:

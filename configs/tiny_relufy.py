@@ -3,7 +3,8 @@
   python experiments/run.py --config=configs/tiny_relufy.py
 
 2 CPU cores, 4 to 5 minutes: perplexity 5.92 (base) -> 8.83 (swapped) -> 4.69 (recovered, 86.0 % zeros). The base
-continued with SwiGLU for the same tokens reaches 4.67. With --config.init=WORKDIR that model is the base, and none is trained.
+continued with SwiGLU for the same tokens reaches 4.67. With --config.init=WORKDIR that model is the base, and none is
+trained.
 """
 
 from ml_collections import ConfigDict

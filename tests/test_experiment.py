@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import ml_collections
 import pytest
 from rich.console import Console
 
@@ -175,6 +176,11 @@ def test_an_init_without_a_checkpoint_is_refused_and_untouched(text, tmp_path):
   with pytest.raises(UserError, match="holds no checkpoint"):
     experiment.run(config, tmp_path / "run", quiet())
   assert sorted(path.name for path in (tmp_path / "init").iterdir()) == before and not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_no_experiment_is_refused(tmp_path):
+  with pytest.raises(UserError, match="the config has no name, seed"):
+    experiment.run(ml_collections.ConfigDict({"lr": 1.0}), tmp_path / "run", quiet())
 
 
 def test_a_malformed_line_is_named(text, tmp_path):

@@ -25,11 +25,15 @@ NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss")
 FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len")
 
 
-def check(config: ml_collections.ConfigDict):
-  """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
+def check_sections(config: ml_collections.ConfigDict):
+  """Raises UserError when `config` is no experiment at all."""
   missing = [name for name in SECTIONS if name not in config]
   if missing:
     raise UserError(f"the config has no {', '.join(missing)}: start it from configs/default.py, get_config().")
+
+
+def check(config: ml_collections.ConfigDict):
+  """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
   mesh = sharding.make_mesh(config.mesh)
   if jax.process_count() > 1:
     raise UserError(

@@ -17,7 +17,7 @@ from tsparse import workdir as workdirs
 from tsparse.activations import activation
 from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
-from tsparse.check import check
+from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches
 from tsparse.errors import UserError
@@ -38,6 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     RunFailure: training went wrong.
   """
   console = console or Console()
+  check_sections(config)
   base = base_config(config)
   init = workdir / "base" if base else Path(config.init) if config.init else None
   stages = [(config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})")]

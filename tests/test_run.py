@@ -49,7 +49,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     (["--config=configs/tiny_drelu.py", "--wrkdir=x"], "Did you mean: workdir"),
     (["--config=configs/tiny_drelu.py", "x"], "were not expected"),
     (["--config=configs/tiny_drelu.py:x"], "takes 0 positional arguments"),
-    (["--config", "nope.py"], "cannot be loaded"),
+    (["--config", "nope.py"], "no file nope.py. Choose one of"),
     (["--config=README.md"], "cannot be loaded"),
     (["--config=tsparse/errors.py"], "needs a get_config()"),
     (["--config=configs/repeat.py:/tmp"], "holds no model"),

@@ -40,7 +40,8 @@ def script(main: Callable[[], None], description: str):
 
 def parse(argv: list[str]):
   """Parses `argv` into absl's flags; UserError for an unknown flag, config file or field, or a wrong type."""
-  for name in (argument.partition("=")[2] for argument in argv if argument.startswith("--config=")):
+  joined = "\n".join(argv).replace("--config\n", "--config=").split("\n")  # `--config X` is `--config=X`
+  for name in (argument.partition("=")[2] for argument in joined if argument.startswith("--config=")):
     file = Path(name.partition(":")[0])
     if not file.is_file():
       known = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))

@@ -139,6 +139,20 @@ def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activat
   assert np.abs(our_logits(tmp_path / "sparse", tokens, swiglu) - logits).max() > 0.1
 
 
+def test_an_upcycled_model_has_the_logits_of_the_dense_one(source, tmp_path):
+  moe = convert(source, tmp_path / "moe", "tsparse", experts=4)
+  assert (moe.config.num_experts, moe.config.experts_per_token) == (4, 2)
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 20))
+  np.testing.assert_allclose(our_logits(tmp_path / "moe", tokens), our_logits(source, tokens), atol=1e-5)
+  convert(tmp_path / "moe", tmp_path / "mixtral", "hf")
+  assert json.loads((tmp_path / "mixtral" / "config.json").read_text())["model_type"] == "mixtral"
+  with pytest.raises(UserError, match="has 4 experts already"):
+    convert(tmp_path / "moe", tmp_path / "again", "tsparse", experts=4)
+  with pytest.raises(UserError, match="at least as many"):
+    convert(source, tmp_path / "again", "tsparse", experts=1)
+  assert not (tmp_path / "again").exists()
+
+
 def test_bamboo_is_a_mistral_with_drelu(tmp_path):
   save_huggingface(tmp_path / "m", *CASES["mistral"])
   fields = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -277,6 +291,17 @@ def test_the_real_model_has_its_reference_loss(shared_data):
     total -= logp[np.arange(len(logp)), ids[0, 1:]].sum()
     count += len(logp)
   assert total / count == pytest.approx(1.301, abs=2e-3)
+
+  greedy = [bos_id(vocabulary)]
+  for _ in range(90):
+    row = np.zeros((1, 512), np.int32)
+    row[0, : len(greedy)] = greedy
+    greedy.append(
+      int(apply({"params": params}, row, row * 0 + 1, np.arange(512)[None])[0][0, len(greedy) - 1].argmax())
+    )
+  assert vocabulary.decode(greedy[1:]).startswith(
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+  )
 
 
 def test_the_real_model_is_relufied_exported_and_read_again(shared_data, tmp_path):

@@ -17,12 +17,15 @@ from tsparse.convert import rules
 from tsparse.convert.families import export_format
 from tsparse.convert.huggingface import copy_tokenizer, write_directory
 from tsparse.convert.model import Model, open_model
+from tsparse.convert.upcycle import upcycle
 from tsparse.errors import UserError
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.train import checkpoint
 
 
-def convert(source: Path, out: Path, format: str, activation: str = "", dtype: str = "float32") -> Model:
+def convert(
+  source: Path, out: Path, format: str, activation: str = "", dtype: str = "float32", experts: int = 0
+) -> Model:
   """Writes the model of `source` to the new folder `out` and returns it, reopened.
 
   Args:
@@ -31,6 +34,7 @@ def convert(source: Path, out: Path, format: str, activation: str = "", dtype: s
     format: "tsparse" (a workdir, with which `config.init` starts) or "hf".
     activation: the activation of the result; "" keeps the source's.
     dtype: float32 or bfloat16, of the weights written by "hf"; ours are float32.
+    experts: above 0, a dense model is upcycled to so many experts.
 
   Raises:
     UserError: the source cannot be read, `out` is in use, or the format is unknown. Nothing is left behind.
@@ -42,6 +46,8 @@ def convert(source: Path, out: Path, format: str, activation: str = "", dtype: s
   model = open_model(source)
   config = dataclasses.replace(model.config, activation=activation or model.config.activation)
   params, tokens_seen = model.restore(_on_one_device(config))
+  if experts:
+    config, params = upcycle(config, params, experts)
   with new_folder(out) as folder:
     if model.vocabulary != "bytes":
       copy_tokenizer(model.vocabulary, folder)

@@ -4,7 +4,9 @@
     --config.data.vocabulary=HF_DIR/tokenizer.model \\
     --config.data.train=tinystories/train.jsonl --config.data.validation=tinystories/valid_v2.jsonl
 
-HF_DIR is a Hugging Face directory of karpathy/tinyllamas' stories260K. 6.6M tokens: STORIES_RESULT
+HF_DIR is a Hugging Face directory of karpathy/tinyllamas' stories260K. Measured after 1.2M tokens (300 steps, 5 minutes
+on 2 busy CPU cores): loss on valid_v2 1.418 (base) -> 6.951 (swapped) -> 1.691 with 72.2 % zeros; end-of-text tokens,
+which this model never saw, are scored. The whole 6.6M tokens were not run yet.
 """
 
 from configs import default

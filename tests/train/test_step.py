@@ -21,7 +21,17 @@ def small(activation="drelu", **train) -> ml_collections.ConfigDict:
   config = default.get_config()
   config.activation = activation
   config.model.update({"num_layers": 2, "d_model": 32, "d_ff": 64, "head_dim": 8})
-  config.train.update({"steps": 20, "warmup_steps": 3, "learning_rate": 1e-2, "seq_len": 16, "batch_size": 8, **train})
+  config.train.update(
+    {
+      "steps": 20,
+      "warmup_steps": 3,
+      "learning_rate": 1e-2,
+      "final_learning_rate_fraction": 0.01,
+      "seq_len": 16,
+      "batch_size": 8,
+      **train,
+    }
+  )
   return config
 
 

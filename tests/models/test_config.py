@@ -27,9 +27,9 @@ def test_the_300m_model_has_300m_parameters_outside_its_embeddings():
 
 def test_activated_parameters_are_those_of_the_paper_without_predictors():
   # docs: 2.17B for Mistral at 90 % zeros (vocabulary 32,064 there), 3.30B for Mixtral at 85 %
-  assert activated_parameters(PRESETS["mistral_7b"], 0.9) == pytest.approx(2.169e9, rel=1e-3)
-  assert activated_parameters(PRESETS["mixtral_8x7b"], 0.85) == pytest.approx(3.297e9, rel=1e-3)
-  assert activated_parameters(PRESETS["llama2_7b"], 0.0) == PUBLISHED["llama2_7b"]
+  assert activated_parameters(PRESETS["mistral_7b"], {"ffn": 0.9}) == pytest.approx(2.169e9, rel=1e-3)
+  assert activated_parameters(PRESETS["mixtral_8x7b"], {"ffn": 0.85}) == pytest.approx(3.297e9, rel=1e-3)
+  assert activated_parameters(PRESETS["llama2_7b"], {"ffn": 0.0}) == PUBLISHED["llama2_7b"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What a model is: a frozen dataclass, the presets, and the accounting of its parameters.
 
 Axis letters used everywhere (einsum strings, logical axis names, shape comments):
-B batch · T time · D model · F ffn · H head_dim · N query heads · K kv heads · V vocab · E experts · L layers.
+B batch · T time · D model · F ffn · H head_dim · N query heads · K kv heads · V vocab · E experts · L layers ·
+R rank of a predictor.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from tsparse.activations import activation
@@ -29,6 +31,12 @@ class ModelConfig:
   max_seq_len: int  # longest sequence the model is meant for
   num_experts: int = 0  # E; 0 is a dense FFN
   experts_per_token: int = 0  # experts each token is routed to
+  shared_d_ff: int = 0  # neurons of the expert that every token meets beside those it is routed to; 0 is none
+  shared_gate: bool = False  # that expert's output is weighted by a sigmoid of the token (Qwen-MoE)
+  dense_layers: int = 0  # so many first layers have a dense FFN although the others have experts (DeepSeek-MoE)
+  dense_d_ff: int = 0  # neurons of those
+  predictor_ranks: tuple[int, ...] = ()  # R of each layer's neuron predictor (TurboSparse); empty is none
+  predictor_input: str = ""  # what predictors read: before_norm (the residual stream) or after_norm (what the FFN reads)
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
@@ -46,6 +54,7 @@ class ModelConfig:
         raise UserError(f"config.model: {sentence}.")
 
     activation(self.activation)
+    object.__setattr__(self, "predictor_ranks", tuple(self.predictor_ranks))  # a list, from JSON
     for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
       require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
     require(0 < self.rope_theta < float("inf"), f"rope_theta is {self.rope_theta}, it must be positive")
@@ -58,6 +67,16 @@ class ModelConfig:
     experts, chosen = self.num_experts, self.experts_per_token
     fits = 1 <= chosen <= experts if experts else chosen == 0
     require(fits, f"experts_per_token {chosen} does not fit num_experts {experts}")
+    shared, first, ranks = self.shared_d_ff, self.dense_layers, self.predictor_ranks
+    require(shared >= 0 and (experts or not shared), f"shared_d_ff is {shared}; only models with experts share one")
+    require(shared or not self.shared_gate, "shared_gate is set and there is no shared expert")
+    require(0 <= first < self.num_layers, f"dense_layers is {first} of {self.num_layers} layers")
+    require(experts or not first, f"dense_layers is {first} and the model has no experts: all its layers are dense")
+    require((self.dense_d_ff > 0) == (first > 0), f"dense_d_ff {self.dense_d_ff} does not fit dense_layers {first}")
+    fits = len(ranks) == self.num_layers and min(ranks) > 0 and not (first or shared) if ranks else True
+    require(fits, f"predictor_ranks {ranks} are not one positive rank for each of {self.num_layers} equal layers")
+    inputs = ("before_norm", "after_norm") if ranks else ("",)
+    require(self.predictor_input in inputs, f"predictor_input is {self.predictor_input!r}, not one of {inputs}")
     require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r} is unknown, choose float32 or bfloat16")
 
   @property
@@ -71,7 +90,25 @@ class ModelConfig:
       "K": self.num_kv_heads,
       "V": self.vocab_size,
       "E": self.num_experts,
+      "R": max(self.predictor_ranks, default=0),
     }
+
+  @property
+  def first(self) -> "ModelConfig":
+    """The model whose layers are the dense ones before those with experts."""
+    return self._dense(self.dense_d_ff)
+
+  @property
+  def shared(self) -> "ModelConfig":
+    """The model whose FFN is the shared expert."""
+    return self._dense(self.shared_d_ff)
+
+  def _dense(self, d_ff: int) -> "ModelConfig":
+    moe = {field.name: field.default for field in dataclasses.fields(self) if field.name in MOE_FIELDS}
+    return dataclasses.replace(self, d_ff=d_ff, **moe)
+
+
+MOE_FIELDS = ("num_experts", "experts_per_token", "shared_d_ff", "shared_gate", "dense_layers", "dense_d_ff")
 
 
 def model_config(config: Any) -> ModelConfig:
@@ -142,7 +179,11 @@ PRESETS = {
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-  """Number of parameters by component, from the architecture alone: embedding, head, attention, norms, router, ffn."""
+  """Number of parameters by component, from the architecture alone.
+
+  Components: embedding, head, attention, norms, router (with the gate of a shared expert), predictor, and the FFNs of
+  `ffn_counts`: ffn, shared, first.
+  """
   s = config.sizes
   layers, experts = config.num_layers, max(1, config.num_experts)
   return {
@@ -150,24 +191,38 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     "head": 0 if config.tie_embeddings else s["V"] * s["D"],
     "attention": layers * s["H"] * (2 * s["D"] * (s["N"] + s["K"]) + config.attention_bias * (s["N"] + 2 * s["K"])),
     "norms": (2 * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
-    "router": layers * s["D"] * s["E"],
-    "ffn": layers * experts * 3 * s["D"] * s["F"],
+    "router": (layers - config.dense_layers) * s["D"] * (s["E"] + config.shared_gate),
+    "predictor": sum(config.predictor_ranks) * (s["D"] + s["F"]) * experts,
+    "ffn": (layers - config.dense_layers) * experts * 3 * s["D"] * s["F"],
+    "shared": (layers - config.dense_layers) * 3 * s["D"] * config.shared_d_ff,
+    "first": config.dense_layers * 3 * s["D"] * config.dense_d_ff,
   }
 
 
+FFNS = ("ffn", "shared", "first")  # the kinds of FFN of a model, as in models/counts.py
+
 ACTIVATED_DEFINITION = (
   "parameters read for one token: every weight outside the FFN (embedding and head counted whole), plus, in each FFN "
-  "(in each of the experts a token is routed to), the gate, up and down weights of the neurons whose hidden entry is "
-  "not exactly zero; mean over the evaluated tokens. No predictor is counted, and finding the zeros is not free"
+  "(in each of the experts a token is routed to, and in a shared one), the gate, up and down weights of the neurons "
+  "whose hidden entry is not exactly zero; mean over the evaluated tokens. Neuron predictors are counted whole where "
+  "the model holds them (of the routed experts); where it holds none, finding the zeros is not free and not counted"
 )
 
 
-def activated_parameters(config: ModelConfig, zero_fraction: float) -> float:
-  """Parameters read per token when `zero_fraction` of the FFN hidden is exactly zero. See ACTIVATED_DEFINITION.
+def activated_parameters(config: ModelConfig, zero_fractions: Mapping[str, float]) -> float:
+  """Parameters read per token. See ACTIVATED_DEFINITION.
 
-  activated = non-FFN + FFN * (experts_per_token / E) * (1 - zero_fraction); Turbo Sparse (arXiv 2406.05955) prints
-  such figures without a formula.
+  activated = sum over components of their parameters * share of them that is read: 1 outside the FFNs,
+  1 - zero_fraction in an FFN, and in routed experts and their predictors that times experts_per_token / E. Turbo Sparse
+  (arXiv 2406.05955) prints such figures without a formula.
+
+  Args:
+    config: the model.
+    zero_fractions: share of the hidden that is exactly zero, by kind of FFN (keys of FFNS that the model has).
   """
   counts = parameter_counts(config)
   routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
-  return sum(counts.values()) - counts["ffn"] + counts["ffn"] * routed * (1.0 - zero_fraction)
+  share = {name: 1.0 - zeros for name, zeros in zero_fractions.items()}
+  share["ffn"] *= routed
+  share["predictor"] = routed
+  return sum(count * share.get(name, 1.0) for name, count in counts.items())

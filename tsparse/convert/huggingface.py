@@ -39,9 +39,9 @@ class Directory:
       fields = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
       raise UserError(f"{folder}/config.json cannot be read ({error}): give a Hugging Face directory.") from None
-    self._rules, self.config = read_config(fields)
+    self._where, shapes = _tensor_files(folder)
+    self._rules, self.config = read_config(fields, shapes)
     self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
-    self._where = _tensor_files(folder)
     ignored = [*IGNORED, *(["lm_head.weight"] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._where, ignored)
 
@@ -70,8 +70,8 @@ class Directory:
     return rules.to_ours(self._rules, self.config, self.read)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-  """Name of every tensor -> the safetensors file that holds it."""
+def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+  """Name of every tensor -> the safetensors file that holds it, and its shape."""
   from safetensors import SafetensorError, safe_open
 
   index = folder / "model.safetensors.index.json"
@@ -94,16 +94,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         "elsewhere, by transformers' `save_pretrained(folder, safe_serialization=True)`."
       )
     raise UserError(f"{folder} holds no .safetensors file: give a whole Hugging Face directory.")
-  where = {}
+  where, shapes = {}, {}
   for shard in shards:
     try:
       with safe_open(shard, framework="np") as file:
         where.update(dict.fromkeys(file.keys(), shard))
+        shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     except FileNotFoundError:
       raise UserError(f"{shard} is missing and {index.name} names it: fetch it.") from None
     except (SafetensorError, OSError) as error:
       raise UserError(f"{shard} is damaged ({error}): fetch it again.") from None
-  return where
+  return where, shapes
 
 
 def copy_tokenizer(vocabulary: str, target: Path):

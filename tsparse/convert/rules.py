@@ -29,19 +29,28 @@ class Rule(NamedTuple):
 
 def sources(rule: Rule, config: ModelConfig) -> list[tuple[tuple[int, ...], str]]:
   """(index in our stacked parameter, their name) of every tensor of a rule."""
-  layers = range(config.num_layers) if "{layer}" in rule.theirs else (None,)
+  dense = config.dense_layers
+  start, length = (0, dense) if rule.ours.startswith("first/") else (dense, config.num_layers - dense)
+  layers = range(length) if "{layer}" in rule.theirs else (None,)
   experts = range(config.num_experts) if "{expert}" in rule.theirs else (None,)
   return [
-    (tuple(i for i in (layer, expert) if i is not None), rule.theirs.format(layer=layer, expert=expert))
+    (tuple(i for i in (layer, expert) if i is not None), rule.theirs.format(layer=start + (layer or 0), expert=expert))
     for layer in layers
     for expert in experts
   ]
 
 
-def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def sizes(rule: Rule, config: ModelConfig, index: tuple[int, ...] = ()) -> dict[str, int]:
+  """Letter -> length in the tensors of a rule: those of the FFN it belongs to; the rank of the layer's predictor."""
+  shared, first = "/shared/" in rule.ours, rule.ours.startswith("first/")
+  lengths = {"1": 1} | (config.shared if shared else config.first if first else config).sizes
+  return lengths | ({"R": config.predictor_ranks[index[0]]} if config.predictor_ranks and index else {})
+
+
+def shape(side: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
   """Shape of one side of a pattern: `"(N H) D"` -> (N * H, D)."""
   groups = re.findall(r"\(([^)]*)\)|(\w)", side)
-  return tuple(int(np.prod([sizes[letter] for letter in (group or single).split()])) for group, single in groups)
+  return tuple(int(np.prod([lengths[letter] for letter in (group or single).split()])) for group, single in groups)
 
 
 def check_names(rules: Iterable[Rule], config: ModelConfig, names: Iterable[str], ignored: Iterable[str] = ()):
@@ -73,15 +82,17 @@ def to_ours(
   for rule in rules:
     theirs, ours = rule.pattern.split(" -> ")
     stack = tuple(max(i) + 1 for i in zip(*(index for index, _ in sources(rule, config)), strict=True))
-    parameter = np.empty(stack + shape(ours, config.sizes), np.float32)
+    parameter = np.zeros(stack + shape(ours, sizes(rule, config)), np.float32)
     for index, name in sources(rule, config):
       tensor = read(name)
-      if tensor.shape != shape(theirs, config.sizes):
+      lengths = sizes(rule, config, index)
+      if tensor.shape != shape(theirs, lengths):
         raise UserError(
-          f"tensor {name} has shape {tensor.shape} and config.json makes it {shape(theirs, config.sizes)}: the "
+          f"tensor {name} has shape {tensor.shape} and config.json makes it {shape(theirs, lengths)}: the "
           "checkpoint is of another model."
         )
-      parameter[index] = einops.rearrange(tensor, rule.pattern, **letters(rule.pattern, config))
+      tensor = einops.rearrange(tensor, rule.pattern, **letters(rule.pattern, lengths))
+      parameter[*index, *map(slice, tensor.shape)] = tensor  # a smaller predictor is padded with zeros
     yield rule.ours, parameter
 
 
@@ -92,10 +103,12 @@ def to_theirs(
   for rule in rules:
     theirs, ours = rule.pattern.split(" -> ")
     for index, name in sources(rule, config):
-      tensor = einops.rearrange(parameters[rule.ours][index], f"{ours} -> {theirs}", **letters(rule.pattern, config))
+      lengths = sizes(rule, config, index)
+      tensor = parameters[rule.ours][*index, *map(slice, shape(ours, lengths))]
+      tensor = einops.rearrange(tensor, f"{ours} -> {theirs}", **letters(rule.pattern, lengths))
       yield name, np.ascontiguousarray(tensor)
 
 
-def letters(pattern: str, config: ModelConfig) -> dict[str, int]:
-  """The sizes of the letters that occur in a pattern."""
-  return {letter: size for letter, size in config.sizes.items() if letter in pattern}
+def letters(pattern: str, lengths: Mapping[str, int]) -> dict[str, int]:
+  """The lengths of the letters that occur in a pattern."""
+  return {letter: length for letter, length in lengths.items() if letter in pattern and letter.isalpha()}

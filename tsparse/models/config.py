@@ -31,12 +31,13 @@ class ModelConfig:
   max_seq_len: int  # longest sequence the model is meant for
   num_experts: int = 0  # E; 0 is a dense FFN
   experts_per_token: int = 0  # experts each token is routed to
-  shared_d_ff: int = 0  # neurons of the expert that every token meets beside those it is routed to; 0 is none
-  shared_gate: bool = False  # that expert's output is weighted by a sigmoid of the token (Qwen-MoE)
+  num_shared_experts: int = 0  # experts that every token meets beside those it is routed to, computed as one
+  shared_d_ff: int = 0  # neurons of each of those
+  shared_gate: bool = False  # their output is weighted by a sigmoid of the token (Qwen-MoE)
   dense_layers: int = 0  # so many first layers have a dense FFN although the others have experts (DeepSeek-MoE)
   dense_d_ff: int = 0  # neurons of those
   predictor_ranks: tuple[int, ...] = ()  # R of each layer's neuron predictor (TurboSparse); empty is none
-  predictor_input: str = ""  # what predictors read: before_norm (the residual stream) or after_norm (what the FFN reads)
+  predictor_input: str = ""  # what they read: before_norm (the residual stream) or after_norm (as the FFN)
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
@@ -67,12 +68,13 @@ class ModelConfig:
     experts, chosen = self.num_experts, self.experts_per_token
     fits = 1 <= chosen <= experts if experts else chosen == 0
     require(fits, f"experts_per_token {chosen} does not fit num_experts {experts}")
-    shared, first, ranks = self.shared_d_ff, self.dense_layers, self.predictor_ranks
-    require(shared >= 0 and (experts or not shared), f"shared_d_ff is {shared}; only models with experts share one")
+    shared, first, ranks = self.num_shared_experts, self.dense_layers, self.predictor_ranks
+    require(shared >= 0 and (experts or not shared), f"num_shared_experts is {shared} and the model has no experts")
+    require(not shared or self.shared_d_ff > 0, f"shared_d_ff is {self.shared_d_ff}, it must be positive")
     require(shared or not self.shared_gate, "shared_gate is set and there is no shared expert")
     require(0 <= first < self.num_layers, f"dense_layers is {first} of {self.num_layers} layers")
     require(experts or not first, f"dense_layers is {first} and the model has no experts: all its layers are dense")
-    require((self.dense_d_ff > 0) == (first > 0), f"dense_d_ff {self.dense_d_ff} does not fit dense_layers {first}")
+    require(not first or self.dense_d_ff > 0, f"dense_d_ff is {self.dense_d_ff}, it must be positive")
     fits = len(ranks) == self.num_layers and min(ranks) > 0 and not (first or shared) if ranks else True
     require(fits, f"predictor_ranks {ranks} are not one positive rank for each of {self.num_layers} equal layers")
     inputs = ("before_norm", "after_norm") if ranks else ("",)
@@ -100,15 +102,17 @@ class ModelConfig:
 
   @property
   def shared(self) -> "ModelConfig":
-    """The model whose FFN is the shared expert."""
-    return self._dense(self.shared_d_ff)
+    """The model whose FFN is the shared experts'."""
+    return self._dense(self.num_shared_experts * self.shared_d_ff)
 
   def _dense(self, d_ff: int) -> "ModelConfig":
     moe = {field.name: field.default for field in dataclasses.fields(self) if field.name in MOE_FIELDS}
     return dataclasses.replace(self, d_ff=d_ff, **moe)
 
 
-MOE_FIELDS = ("num_experts", "experts_per_token", "shared_d_ff", "shared_gate", "dense_layers", "dense_d_ff")
+MOE_FIELDS = (
+  "num_experts", "experts_per_token", "num_shared_experts", "shared_d_ff", "shared_gate", "dense_layers", "dense_d_ff",
+)  # fmt: skip
 
 
 def model_config(config: Any) -> ModelConfig:
@@ -194,7 +198,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     "router": (layers - config.dense_layers) * s["D"] * (s["E"] + config.shared_gate),
     "predictor": sum(config.predictor_ranks) * (s["D"] + s["F"]) * experts,
     "ffn": (layers - config.dense_layers) * experts * 3 * s["D"] * s["F"],
-    "shared": (layers - config.dense_layers) * 3 * s["D"] * config.shared_d_ff,
+    "shared": (layers - config.dense_layers) * 3 * s["D"] * config.num_shared_experts * config.shared_d_ff,
     "first": config.dense_layers * 3 * s["D"] * config.dense_d_ff,
   }
 

@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
     chosen, renormalize = config.experts_per_token, config.router_renormalize
     out, counts = moe_dense(x, router, gate, up, down, valid, act, chosen, renormalize, predicted, intervene)
-    if not config.shared_d_ff:
+    if not config.num_shared_experts:
       return out, {"ffn": counts}
     shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene)
     if config.shared_gate:

@@ -9,11 +9,17 @@ from tsparse.models.transformer import Transformer, abstract_parameters
 
 # Sums of the tensor sizes of the published checkpoints (mistralai, meta-llama).
 PUBLISHED = {"mistral_7b": 7_241_732_096, "mixtral_8x7b": 46_702_792_704, "llama2_7b": 6_738_415_616}
+MOE = dataclasses.replace(PRESETS["tiny_moe"], num_shared_experts=1, shared_d_ff=320)
+MODELS = PRESETS | {
+  "qwen_moe": dataclasses.replace(MOE, shared_gate=True, attention_bias=True),
+  "deepseek": dataclasses.replace(MOE, num_shared_experts=2, dense_layers=1, dense_d_ff=448),
+  "turbosparse": dataclasses.replace(PRESETS["tiny"], predictor_ranks=(8,) * 4, predictor_input="before_norm"),
+}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", MODELS)
 def test_accounting_equals_the_parameters_of_the_model(preset):
-  config = PRESETS[preset]
+  config = MODELS[preset]
   shapes, _ = abstract_parameters(Transformer(config))
   total = sum(x.size for x in jax.tree.leaves(shapes))
   assert total == sum(parameter_counts(config).values()) == PUBLISHED.get(preset, total)
@@ -25,11 +31,24 @@ def test_the_300m_model_has_300m_parameters_outside_its_embeddings():
   assert 300e6 < sum(counts.values()) - counts["embedding"] - counts["head"] < 305e6
 
 
-def test_activated_parameters_are_those_of_the_paper_without_predictors():
+def test_activated_parameters_are_those_of_the_paper():
   # docs: 2.17B for Mistral at 90 % zeros (vocabulary 32,064 there), 3.30B for Mixtral at 85 %
   assert activated_parameters(PRESETS["mistral_7b"], {"ffn": 0.9}) == pytest.approx(2.169e9, rel=1e-3)
   assert activated_parameters(PRESETS["mixtral_8x7b"], {"ffn": 0.85}) == pytest.approx(3.297e9, rel=1e-3)
   assert activated_parameters(PRESETS["llama2_7b"], {"ffn": 0.0}) == PUBLISHED["llama2_7b"]
+  # with predictors "3B" and "4.5B": widths as released (Mistral: known by their sum only)
+  widths = (896,) * 2 + (1024,) * 11 + (1088,) + (1024,) * 13 + (1088,) * 4 + (1344,)
+  mixtral = dataclasses.replace(PRESETS["mixtral_8x7b"], predictor_ranks=widths, predictor_input="after_norm")
+  assert activated_parameters(mixtral, {"ffn": 0.85}) == pytest.approx(4.519e9, rel=1e-3)
+  mistral = dataclasses.replace(PRESETS["mistral_7b"], predictor_ranks=(1260,) * 32, predictor_input="before_norm")
+  assert activated_parameters(mistral, {"ffn": 0.9}) == pytest.approx(2.912e9, rel=1e-3)
+
+
+def test_shared_and_dense_ffns_are_activated_for_every_token():
+  read = activated_parameters(MODELS["deepseek"], {"ffn": 1.0, "shared": 0.5, "first": 0.75})
+  counts = parameter_counts(MODELS["deepseek"])
+  ffns = counts["ffn"] + counts["shared"] + counts["first"]
+  assert read == sum(counts.values()) - ffns + 3 * 128 * (3 * 320 + 448 / 4)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +59,10 @@ def test_activated_parameters_are_those_of_the_paper_without_predictors():
     ({"d_ff": 0}, "d_ff is 0"),
     ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 does not fit num_experts 2"),
     ({"experts_per_token": 1}, "does not fit num_experts 0"),
+    ({"num_shared_experts": 1, "shared_d_ff": 8}, "the model has no experts"),
+    ({"dense_layers": 1, "dense_d_ff": 8}, "all its layers are dense"),
+    ({"predictor_ranks": (4,), "predictor_input": "before_norm"}, "one positive rank for each of 4"),
+    ({"predictor_ranks": (4,) * 4}, "predictor_input is ''"),
     ({"dtype": "float16"}, "float16"),
     ({"activation": "elu"}, "elu"),
   ],

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from tsparse.activations import activation
+from tsparse.analysis.masks import TopK
+from tsparse.models import counts
 from tsparse.models.config import PRESETS
 from tsparse.models.moe import moe_dense, route
+from tsparse.models.predictor import predict
 from tsparse.models.transformer import REMAT, Transformer, init_parameters
 from tsparse.sharding import path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_model=64, d_ff=96, head_dim=16, activation="drelu")
 MOE = dataclasses.replace(TINY, num_experts=4, experts_per_token=2)
+DEEPSEEK = dataclasses.replace(MOE, num_shared_experts=2, shared_d_ff=24, dense_layers=1, dense_d_ff=160)
 
 
 def row(*lengths, total):
@@ -74,10 +78,10 @@ def test_padding_is_not_counted():
 
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
 def test_drelu_at_random_parameters_zeroes_three_quarters(config):
-  counts = apply(config, params_of(config), tokens_of(256), *row(256, total=256))[1]["ffn"]
-  zeros = 1 - counts.fired.sum((1, 2)) / (counts.routed.sum(1) * config.d_ff)
+  ffn = apply(config, params_of(config), tokens_of(256), *row(256, total=256))[1]["ffn"]
+  zeros = 1 - ffn.fired.sum((1, 2)) / (ffn.routed.sum(1) * config.d_ff)
   np.testing.assert_allclose(zeros, 0.75, atol=0.04)
-  assert counts.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
+  assert ffn.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
 
 
 @pytest.mark.parametrize("remat", REMAT)
@@ -125,7 +129,7 @@ def test_moe_equals_a_loop_over_tokens():
   )
   down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
   valid = np.arange(6)[None] < 5
-  out, counts = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
+  out, ffn = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
   weights = np.asarray(route(x, router, 2)[0])
   fired = np.zeros((4, 10))
   for t in range(6):
@@ -135,5 +139,42 @@ def test_moe_equals_a_loop_over_tokens():
       fired[e] += (hidden != 0) * valid[0, t]
       expected += weights[0, t, e] * (hidden @ down[e])
     np.testing.assert_allclose(out[0, t], expected, rtol=1e-4, atol=1e-4)
-  np.testing.assert_array_equal(counts.fired, fired)
-  np.testing.assert_array_equal(counts.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))
+  np.testing.assert_array_equal(ffn.fired, fired)
+  np.testing.assert_array_equal(ffn.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))
+
+
+def test_the_zeros_of_a_model_weigh_the_entries_of_all_its_ffns():
+  tokens = tokens_of(64)
+  _, by_kind = apply(DEEPSEEK, params_of(DEEPSEEK), tokens, *row(50, total=64))
+  assert {kind: c.fired.shape for kind, c in by_kind.items()} == {
+    "first": (1, 1, 160), "ffn": (1, 4, 96), "shared": (1, 1, 48)
+  }  # fmt: skip
+  fired = {kind: float(c.fired.sum()) for kind, c in by_kind.items()}
+  first, others = fired["first"] / (50 * 160), (fired["ffn"] + fired["shared"]) / (50 * (2 * 96 + 48))
+  np.testing.assert_allclose(counts.zero_fraction_per_layer(by_kind), [1 - first, 1 - others], rtol=1e-5)
+  mean = 1 - sum(fired.values()) / (50 * (160 + 2 * 96 + 48))
+  assert float(counts.model_zero_fraction(by_kind)) == pytest.approx(mean, rel=1e-5)
+
+
+def test_an_intervention_reaches_each_layer_by_its_own_level():
+  """The last of its layers masked whole: only the dense first layer is left."""
+  params, tokens, where = params_of(DEEPSEEK), tokens_of(16), row(16, total=16)
+  masked = Transformer(DEEPSEEK).apply({"params": params}, tokens, *where, TopK(jnp.array([0.0, 1.0])))[1]
+  plain = apply(DEEPSEEK, params, tokens, *where)[1]
+  jax.tree.map(np.testing.assert_array_equal, masked["first"], plain["first"])
+  assert masked["ffn"].fired.sum() == masked["shared"].fired.sum() == 0 < plain["ffn"].fired.sum()
+
+
+def test_the_gradient_of_a_predictor_is_straight_through():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, fc1, fc2 = (jax.random.normal(key, shape) for key, shape in zip(keys, [(1, 5, 8), (8, 3), (3, 10)], strict=True))
+  mask = predict(x, fc1, fc2)
+  soft = jax.nn.sigmoid(jax.nn.relu(x @ fc1) @ fc2)
+  np.testing.assert_array_equal(mask, soft > 0.5)
+  np.testing.assert_allclose(
+    jax.grad(lambda w: (predict(x, fc1, w) ** 2).sum())(fc2),
+    jax.grad(lambda w: (2 * mask * jax.nn.sigmoid(jax.nn.relu(x @ fc1) @ w)).sum())(fc2),
+    rtol=1e-5,
+  )
+  per_expert = predict(x, jnp.stack([fc1, -fc1]), jnp.stack([fc2, fc2]))
+  np.testing.assert_array_equal(per_expert[:, :, 0], mask)

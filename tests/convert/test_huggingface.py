@@ -15,6 +15,7 @@ from rich.console import Console
 from configs import stories_relufy
 from tsparse import experiment
 from tsparse.convert.convert import convert
+from tsparse.convert.families import export_format, read_config
 from tsparse.convert.model import open_model
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -32,10 +33,31 @@ SIZES = {
   "max_position_embeddings": 64,
   "initializer_range": 0.2,  # far from a trivial softmax
 }
+ROPE = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}  # 40 tokens go beyond the original
 CASES = {
   "llama": ("Llama", {}),
   "llama_tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 500.0}),
   "llama_head_dim": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+  "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}}),
+  "llama_3.1": (
+    "Llama",
+    {"rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0}},
+  ),
+  "llama_yarn": ("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
+  "llama_yarn_numbers": (
+    "Llama",
+    {
+      "rope_parameters": ROPE
+      | {
+        "rope_type": "yarn",
+        "beta_fast": 3.0,
+        "beta_slow": 0.5,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+      }
+    },
+  ),
   "relullama": ("Llama", {"hidden_act": "relu"}),
   "mistral": ("Mistral", {"sliding_window": 7}),
   "mistral_full": ("Mistral", {"sliding_window": None}),
@@ -53,7 +75,11 @@ def save_huggingface(folder: Path, family: str, fields: dict, dtype="float32"):
 
   torch.manual_seed(0)
   config = getattr(transformers, f"{family}Config")(**SIZES | fields, attn_implementation="eager")
-  model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(getattr(torch, dtype))
+  model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+  for parameter in model.parameters():
+    if parameter.ndim == 1:  # norms and biases, all ones and zeros so far
+      parameter.data += 0.2 * torch.randn_like(parameter)
+  model.to(getattr(torch, dtype))
   model.save_pretrained(folder)
   return model
 
@@ -118,7 +144,7 @@ def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
   assert all(before[name].tobytes() == after[name].tobytes() for name in before) and before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "mistral", "qwen2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("case", ["llama_tied", "llama_yarn", "mistral", "qwen2", "mixtral", "olmoe"])
 @pytest.mark.parametrize("activation", ["drelu", "fatrelu:0.01"])
 def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activation, tmp_path):
   import transformers
@@ -210,10 +236,6 @@ def pickle_only(folder, _):
     (lambda folder, fields: fields.update(hidden_act="tanh"), "hidden_act 'tanh'"),
     (lambda folder, fields: fields.update(attention_bias=True), "attention_bias = True"),
     (lambda folder, fields: fields.update(qk_norm=True), "qk_norm = True"),
-    (
-      lambda folder, fields: fields.update(rope_scaling={"type": "linear", "factor": 2}),
-      "rope_scaling = .*linear.* is not supported",
-    ),
     (lambda folder, fields: fields.update(intermediate_size=50), r"shape \(48, 32\) and config.json makes it"),
     (lambda folder, fields: fields.update(num_hidden_layers=3), "it lacks model.layers.2"),
     (lambda folder, fields: fields.update(num_hidden_layers=1), "nothing takes model.layers.1"),
@@ -227,6 +249,63 @@ def test_a_damaged_or_unsupported_checkpoint_is_one_sentence_and_no_output(chang
   with pytest.raises(UserError, match=sentence):
     convert(folder, tmp_path / "out", "tsparse")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32}
+LLAMA3_TEXT = "llama3:factor=8,low_freq_factor=1,high_freq_factor=4,original_max_position_embeddings=32"
+
+
+@pytest.mark.parametrize(
+  ("rope", "theta", "scaling"),
+  [
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, "linear:factor=2"),
+    ({"rope_scaling": {"type": "default"}, "rope_theta": 500}, 500, ""),
+    ({"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e5}, 5e5, LLAMA3_TEXT),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3, "rope_theta": 7}, 5e5, LLAMA3_TEXT),
+    ({"rope_parameters": None, "rope_scaling": None, "rope_theta": 300.5}, 300.5, ""),
+    # left out, the original length is max_position_embeddings; nulls are left out
+    (
+      {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 1.5, "mscale": None, "truncate": False}},
+      1e4,
+      "yarn:factor=1.5,truncate=0,original_max_position_embeddings=64",
+    ),
+  ],
+)
+def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, theta, scaling, source):
+  import transformers
+
+  fields = json.loads((source / "config.json").read_text())
+  del fields["rope_parameters"]
+  config = read_config(fields | rope)[1]
+  assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+  read = transformers.LlamaConfig(**json.loads(json.dumps(fields | rope))).rope_parameters
+  written = transformers.LlamaConfig(**export_format(config, "float32")[0]).rope_parameters
+  assert {k: v for k, v in read.items() if v is not None and k != "type"} == written
+
+
+@pytest.mark.parametrize(
+  ("rope", "sentence"),
+  [
+    ({"type": "dynamic", "factor": 2}, "rope_scaling = .*dynamic.* only default, linear, llama3, yarn are"),
+    ({"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}, "rope_scaling = .*longrope"),
+    ({"rope_type": ["linear"], "factor": 2}, r"rope_scaling = .*\['linear'\]"),
+    ({"rope_type": "linear", "type": "yarn", "factor": 2}, "rope_scaling = .*'type=yarn'|.*'type': 'yarn'"),
+    ({"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}, "'partial_rotary_factor=0.5' should be"),
+    ({"rope_type": "linear", "factor": "2"}, "{'factor': '2'} should be numbers"),
+    ({"rope_type": "linear"}, "rope_scaling = .*linear.* is not supported"),
+    ({"rope_type": "default", "factor": 2}, "plain rotary positions take no factor"),
+    ({"full_attention": {"rope_type": "default"}}, "plain rotary positions take no full_attention"),
+    ({"rope_theta": None}, "rope_theta None is not a number"),
+    ("linear", "rope_scaling = linear is not supported"),
+  ],
+)
+def test_other_rotary_positions_are_refused_by_name_and_value(rope, sentence, source):
+  fields = json.loads((source / "config.json").read_text())
+  with pytest.raises(UserError, match="only one of them can hold"):
+    read_config(fields | {"rope_scaling": rope})
+  del fields["rope_parameters"]
+  with pytest.raises(UserError, match=sentence):
+    read_config(fields | {"rope_scaling": rope})
 
 
 def test_weights_that_are_not_finite_are_named(source, tmp_path, caplog):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsparse.convert.rope import read_rope, write_rope
 from tsparse.convert.rules import Rule
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -178,18 +179,9 @@ def read_config(fields: Mapping[str, Any]) -> tuple[tuple[Rule, ...], ModelConfi
       raise UserError(f"config.json: {name} = {value!r} is not supported ({allowed}).")
   activation = fields["ffn_activation"] if exported else activation_of(fields, family)
   values |= family.constants
-  config = ModelConfig(**values, rope_theta=rope_theta(fields, family), activation=activation, dtype="float32")
+  rope = read_rope(fields, family.defaults.get("rope_theta", 10_000.0))
+  config = ModelConfig(**values, **rope, activation=activation, dtype="float32")
   return (exported_rules if exported else rules_of)(family, config), config
-
-
-def rope_theta(fields: Mapping[str, Any], family: Family) -> float:
-  """Base of the rotary frequencies, under its old name or its new one; scaled frequencies are refused."""
-  rope = fields.get("rope_parameters") or {}
-  for name in ("rope_parameters", "rope_scaling"):
-    scaling = {k: v for k, v in (fields.get(name) or {}).items() if k != "rope_theta" and v != "default"}
-    if scaling:
-      raise UserError(f"config.json: {name} = {scaling} is not supported, only plain rotary positions are.")
-  return float(rope.get("rope_theta", fields.get("rope_theta", family.defaults.get("rope_theta", 10_000.0))))
 
 
 def activation_of(fields: Mapping[str, Any], family: Family) -> str:
@@ -234,7 +226,7 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
   if "sliding_window" in fields:
     fields["sliding_window"] = fields["sliding_window"] or None
-  fields |= {"rope_theta": config.rope_theta, "torch_dtype": dtype}
+  fields |= {**write_rope(config), "torch_dtype": dtype}
   stock = {ours: theirs for theirs, ours in family.activations.items()}.get(config.activation)
   if stock:
     head = {"architectures": [family.architecture], "model_type": kind, "hidden_act": stock}

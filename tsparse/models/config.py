@@ -9,6 +9,7 @@ from typing import Any
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
+from tsparse.models.rope import parse_scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelConfig:
   experts_per_token: int = 0  # experts each token is routed to
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
   rope_theta: float = 10_000.0
+  rope_scaling: str = ""  # of rotary positions, for longer texts: "" or as in models/rope.py, "linear:factor=4"
   norm_eps: float = 1e-5
   tie_embeddings: bool = False  # output head = transposed embedding
   attention_bias: bool = False  # on queries, keys and values (Qwen2)
@@ -49,6 +51,9 @@ class ModelConfig:
     for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
       require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
     require(0 < self.rope_theta < float("inf"), f"rope_theta is {self.rope_theta}, it must be positive")
+    if self.rope_scaling:
+      parse_scaling(self.rope_scaling)
+      require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}, rope_scaling needs it above 1")
     require(0 < self.norm_eps < 1, f"norm_eps is {self.norm_eps}, it must be a small positive number")
     heads, kv_heads = self.num_heads, self.num_kv_heads
     require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")

@@ -19,31 +19,6 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
   return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-  """Cosine and sine [B, T, 1, H/2], float32, of the angles position * theta^(-2i/H) (RoPE, arXiv 2104.09864).
-
-  Args:
-    positions: [B, T] int32, position of each token in its segment.
-    head_dim: H, even.
-    theta: base of the frequencies.
-  """
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [H/2]
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-  """Rotates the pairs (x_i, x_{i + H/2}) of each head by the rotary angles: the layout of Hugging Face checkpoints.
-
-  Args:
-    x: [B, T, N, H].
-    cos: [B, T, 1, H/2] float32.
-    sin: [B, T, 1, H/2] float32.
-  """
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attention_mask(segment_ids: Array, sliding_window: int) -> Array:
   """[B, T, T] bool: query t may see key s when s <= t, both are of one segment, and t - s < sliding_window.
 

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
-from tsparse.models import layers
+from tsparse.models import layers, rope
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts
 from tsparse.models.ffn import Intervention, feed_forward
@@ -82,8 +82,8 @@ class Attention(nn.Module):
       value += _vector(self, "value_bias", "KH", nn.initializers.zeros).astype(x.dtype)
     if config.qk_norm:
       query, key = _norm(self, "query_norm", query, "NH"), _norm(self, "key_norm", key, "KH")
-    query = constrain(layers.rotate(query, cos, sin), "BTNH")
-    key = constrain(layers.rotate(key, cos, sin), "BTKH")
+    query = constrain(rope.rotate(query, cos, sin), "BTNH")
+    key = constrain(rope.rotate(key, cos, sin), "BTKH")
     mixed = layers.attention(query, key, value, mask)  # [B, T, N, H]
     out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
     return jnp.einsum("btnh,nhd->btd", mixed, out)
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
     config = self.config
     embed = _weight(self, "embed", "VD", fan_in="D")
     x = constrain(embed[tokens], "BTD")
-    cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
+    cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     mask = layers.attention_mask(segment_ids, config.sliding_window)
     scanned = nn.scan(
       nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),

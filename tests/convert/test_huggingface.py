@@ -18,7 +18,7 @@ from tsparse.convert.convert import convert
 from tsparse.convert.families import export_format, read_config
 from tsparse.convert.model import open_model
 from tsparse.errors import UserError
-from tsparse.models.config import ModelConfig
+from tsparse.models.config import PRESETS, ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.sharding import MESH_AXES, make_mesh, shardings
 from tsparse.train.checkpoint import abstract
@@ -64,6 +64,28 @@ CASES = {
   "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
   "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
   "olmoe_renormalized": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+  "gemma2": (
+    "Gemma2",
+    {
+      "num_hidden_layers": 3,
+      "head_dim": 16,
+      "sliding_window": 7,
+      "query_pre_attn_scalar": 10,
+      "attn_logit_softcapping": 1.5,
+      "final_logit_softcapping": 2.0,
+    },
+  ),
+  "gemma2_uncapped": (
+    "Gemma2",
+    {
+      "head_dim": 16,
+      "sliding_window": 3,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+      "tie_word_embeddings": False,
+      "rope_parameters": ROPE | {"rope_type": "yarn"},
+    },
+  ),
   "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -144,7 +166,7 @@ def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
   assert all(before[name].tobytes() == after[name].tobytes() for name in before) and before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "llama_yarn", "mistral", "qwen2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("case", ["llama_tied", "llama_yarn", "mistral", "qwen2", "gemma2", "mixtral", "olmoe"])
 @pytest.mark.parametrize("activation", ["drelu", "fatrelu:0.01"])
 def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activation, tmp_path):
   import transformers
@@ -177,6 +199,74 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(source, tmp_path):
   with pytest.raises(UserError, match="at least as many"):
     convert(source, tmp_path / "again", "tsparse", experts=1)
   assert not (tmp_path / "again").exists()
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("gemma")
+  save_huggingface(folder, *CASES["gemma2"])
+  return folder
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"norm_offset": 0.0},
+    {"post_norms": False},
+    {"scale_embeddings": False},
+    {"attention_softcap": 0.0},
+    {"final_softcap": 0.0},
+    {"query_scalar": 0},
+    {"full_attention_every": 0},
+    {"full_attention_every": 3},
+    {"sliding_window": 8},
+  ],
+  ids=str,
+)
+def test_every_field_of_gemma_is_in_its_maths(change, gemma):
+  config = open_model(gemma).config
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 20))
+  changed = our_logits(gemma, tokens, dataclasses.replace(config, **change))
+  assert np.abs(changed - our_logits(gemma, tokens)).max() > 1e-2
+
+
+def test_a_published_gemma_config_is_read_with_its_defaults_and_its_surplus():
+  published = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 256_000, "hidden_size": 3584,
+    "intermediate_size": 14_336, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid",
+  }  # fmt: skip
+  config = read_config(published)[1]
+  assert (config.head_dim, config.query_scalar, config.sliding_window, config.tie_embeddings) == (256, 256, 4096, True)
+  assert (config.attention_softcap, config.final_softcap, config.activation) == (50, 30, "geglu_tanh")
+  assert config.windows == (4096, 0) * 21
+  assert read_config(published | {"final_logit_softcapping": None})[1].final_softcap == 0
+  alternating = ["sliding_attention", "full_attention"] * 21
+  assert read_config(published | {"layer_types": alternating})[1] == config
+  for surplus, sentence in (
+    ({"layer_types": alternating[::-1]}, "layer_types = .'full_attention', 'sliding"),
+    ({"layer_types": ["full_attention"] * 42}, "layer_types = .'full_attention', 'full"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+    ({"attention_bias": True}, "attention_bias = True is not supported"),
+    ({"hidden_activation": "tanh"}, "hidden_activation 'tanh' is not supported"),
+    ({"query_pre_attn_norm": True}, "query_pre_attn_norm = True is not supported"),
+    ({"sliding_window": None}, "there is no sliding_window"),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      read_config(published | surplus)
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    ({"final_softcap": 30.0}, "llama is nearest and cannot have final_softcap = 30.0"),
+    ({"norm_offset": 1.0, "query_scalar": 3}, "cannot have query_scalar = 3, norm_offset = 1.0"),
+    ({"post_norms": True}, "gemma2 is nearest and cannot have full_attention_every = 0, norm_offset = 0.0, scale_emb"),
+  ],
+)
+def test_a_model_that_no_class_of_transformers_has_is_not_exported(change, sentence):
+  with pytest.raises(UserError, match=sentence):
+    export_format(dataclasses.replace(PRESETS["tiny"], **change), "float32")
 
 
 def test_bamboo_is_a_mistral_with_drelu(tmp_path):

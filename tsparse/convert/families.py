@@ -67,7 +67,13 @@ QK_NORM = (
   Rule("layers/attention/query_norm", LAYER + "self_attn.q_norm.weight", "(N H) -> N H"),
   Rule("layers/attention/key_norm", LAYER + "self_attn.k_norm.weight", "(K H) -> K H"),
 )
-ACTIVATIONS = {"silu": "swiglu", "relu": "relu", "gelu": "geglu"}  # hidden_act -> ours
+POST_NORMS = (
+  Rule("layers/attention_post_norm", LAYER + "post_attention_layernorm.weight", "D -> D"),
+  Rule("layers/ffn_norm", LAYER + "pre_feedforward_layernorm.weight", "D -> D"),
+  Rule("layers/ffn_post_norm", LAYER + "post_feedforward_layernorm.weight", "D -> D"),
+)
+# hidden_act -> ours
+ACTIVATIONS = {"silu": "swiglu", "relu": "relu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Family:
     fields: our field -> theirs, beyond FIELDS.
     defaults: values of their fields where config.json leaves them out.
     activations: hidden_act -> our activation.
+    hidden_act: their field that says the activation.
     constants: our fields that are so in all its models.
     only: their fields that change the maths, by the only values supported.
     no_maths: their fields that do not, given `only`.
@@ -90,6 +97,7 @@ class Family:
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: ACTIVATIONS)
+  hidden_act: str = "hidden_act"
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
   no_maths: tuple[str, ...] = ()
@@ -103,6 +111,7 @@ PLAIN_EXPERTS = tuple(
   )
 )
 WINDOW = {"sliding_window": "sliding_window"}
+NULL_IS_ZERO = {"sliding_window", "attention_softcap", "final_softcap"}  # fields that are null in config.json for 0
 FAMILIES = {
   # ReluLLaMA is a llama with hidden_act relu; ProSparse adds fatrelu with its threshold in hidden_act_param.
   "llama": Family("LlamaForCausalLM", ATTENTION + FFN, {}, {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
@@ -129,6 +138,31 @@ FAMILIES = {
     {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
     constants={"qk_norm": True},
     only={"clip_qkv": (None,)},
+  ),
+  "gemma2": Family(
+    "Gemma2ForCausalLM",
+    tuple(rule for rule in ATTENTION if rule.ours != "layers/ffn_norm") + POST_NORMS + FFN,
+    WINDOW
+    | {
+      "attention_softcap": "attn_logit_softcapping",
+      "final_softcap": "final_logit_softcapping",
+      "query_scalar": "query_pre_attn_scalar",
+    },
+    {
+      "rms_norm_eps": 1e-6,
+      "tie_word_embeddings": True,
+      "head_dim": 256,
+      "max_position_embeddings": 8192,
+      "sliding_window": 4096,
+      "query_pre_attn_scalar": 256,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+      "hidden_activation": "gelu_pytorch_tanh",
+    },
+    hidden_act="hidden_activation",
+    constants={"norm_offset": 1.0, "post_norms": True, "scale_embeddings": True, "full_attention_every": 2},
+    only={"use_bidirectional_attention": (False, None)},
+    no_maths=("cache_implementation", "layer_types", "sliding_window_size"),
   ),
   # Bamboo, the ancestor of TurboSparse-Mistral: hidden_act relu means dReLU there.
   "bamboo": Family(
@@ -161,8 +195,8 @@ def read_config(fields: Mapping[str, Any]) -> tuple[tuple[Rule, ...], ModelConfi
   values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
   if values["head_dim"] is None and values["d_model"] and values["num_heads"]:
     values["head_dim"] = values["d_model"] // values["num_heads"]
-  if "sliding_window" in values:
-    values["sliding_window"] = values["sliding_window"] or 0
+  for ours in NULL_IS_ZERO & values.keys():
+    values[ours] = values[ours] or 0
   missing = [names[ours] for ours, value in values.items() if value is None]
   if missing:
     raise UserError(f"config.json lacks {', '.join(missing)}: the checkpoint is not whole.")
@@ -172,7 +206,8 @@ def read_config(fields: Mapping[str, Any]) -> tuple[tuple[Rule, ...], ModelConfi
     if not isinstance(value, (int, float) if kinds[ours] is float else kinds[ours]):
       raise UserError(f"config.json: {names[ours]} = {value!r} is not of type {kinds[ours].__name__}.")
   only = ONLY | dict(family.only)
-  known = {*names.values(), *NO_MATHS, *family.no_maths, *only, "hidden_act", "hidden_act_param", "ffn_activation"}
+  activations = {family.hidden_act, "hidden_act", "hidden_act_param", "ffn_activation"}
+  known = {*names.values(), *NO_MATHS, *family.no_maths, *only, *activations}
   for name, value in fields.items():
     if name not in known or value not in only.get(name, (value,)):
       allowed = f"only {only[name][0]!r} is" if name in only else "it is not known here and may change the maths"
@@ -181,36 +216,63 @@ def read_config(fields: Mapping[str, Any]) -> tuple[tuple[Rule, ...], ModelConfi
   values |= family.constants
   rope = read_rope(fields, family.defaults.get("rope_theta", 10_000.0))
   config = ModelConfig(**values, **rope, activation=activation, dtype="float32")
+  check_layer_types(fields.get("layer_types"), config)
   return (exported_rules if exported else rules_of)(family, config), config
+
+
+def check_layer_types(layer_types: Any, config: ModelConfig):
+  """Raises UserError when `layer_types` of a config.json says other layers have a window than ours do."""
+  expected = ["sliding_attention" if window else "full_attention" for window in config.windows]
+  if layer_types not in (None, expected):
+    raise UserError(f"config.json: layer_types = {layer_types} is not supported (only {expected} is).")
 
 
 def activation_of(fields: Mapping[str, Any], family: Family) -> str:
   """Our name of a config.json's hidden_act."""
-  name = fields.get("hidden_act", "silu")
+  name = fields.get(family.hidden_act, family.defaults.get(family.hidden_act, "silu"))
   if name == "fatrelu" and "relu" in family.activations:
     return f"fatrelu:{fields.get('hidden_act_param')}"
   if name not in family.activations:
-    raise UserError(f"config.json: hidden_act {name!r} is not supported, only {', '.join(family.activations)} are.")
+    raise UserError(
+      f"config.json: {family.hidden_act} {name!r} is not supported, only {', '.join(family.activations)} are."
+    )
   return family.activations[name]
 
 
 MODELING = Path(__file__).with_name("modeling_tsparse.py")
 FFN_PATHS = {rule.ours for rule in EXPERTS}
+# Our fields that every exported config.json carries or need not, beyond FIELDS.
+EXPORTED = {"activation", "dtype", "remat", "rope_theta", "rope_scaling"}
 
 
 def family_of(config: ModelConfig) -> str:
   """The `model_type` whose stock class has the architecture of `config`; UserError when there is none."""
-  kind = {
-    # (experts, qk_norm, attention_bias, window)
-    (False, False, False, False): "llama",
-    (False, False, False, True): "mistral",
-    (False, False, True, False): "qwen2",
-    (True, True, False, False): "olmoe",
-    (True, False, False, False): "mixtral",
-    (True, False, False, True): "mixtral",
-  }.get((config.num_experts > 0, config.qk_norm, config.attention_bias, config.sliding_window > 0))
+  kind = (
+    "gemma2"
+    if config.post_norms
+    else {
+      # (experts, qk_norm, attention_bias, window)
+      (False, False, False, False): "llama",
+      (False, False, False, True): "mistral",
+      (False, False, True, False): "qwen2",
+      (True, True, False, False): "olmoe",
+      (True, False, False, False): "mixtral",
+      (True, False, False, True): "mixtral",
+    }.get((config.num_experts > 0, config.qk_norm, config.attention_bias, config.sliding_window > 0))
+  )
   if kind is None or (kind == "mixtral" and not config.router_renormalize):
     raise UserError("no model class of transformers has this combination of experts, norms, biases and window.")
+  family = FAMILIES[kind]
+  carried = {*FIELDS, *family.fields, *EXPORTED}
+  wrong = [
+    f"{field.name} = {getattr(config, field.name)!r}"
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in carried and getattr(config, field.name) != family.constants.get(field.name, field.default)
+  ]
+  if wrong:
+    raise UserError(
+      f"no model class of transformers is like this: {kind} is nearest and cannot have {', '.join(wrong)}."
+    )
   return kind
 
 
@@ -224,12 +286,13 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   family = FAMILIES[kind]
   names = FIELDS | dict(family.fields)
   fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-  if "sliding_window" in fields:
-    fields["sliding_window"] = fields["sliding_window"] or None
+  fields |= {names[ours]: getattr(config, ours) or None for ours in NULL_IS_ZERO & names.keys()}
+  if "query_scalar" in names:
+    fields[names["query_scalar"]] = config.query_scalar or config.head_dim
   fields |= {**write_rope(config), "torch_dtype": dtype}
   stock = {ours: theirs for theirs, ours in family.activations.items()}.get(config.activation)
   if stock:
-    head = {"architectures": [family.architecture], "model_type": kind, "hidden_act": stock}
+    head = {"architectures": [family.architecture], "model_type": kind, family.hidden_act: stock}
     return head | fields, rules_of(family, config), {}
   module, name = MODELING.stem, f"Tsparse{kind.capitalize()}"
   head = {

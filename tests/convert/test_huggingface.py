@@ -241,6 +241,7 @@ def test_a_published_gemma_config_is_read_with_its_defaults_and_its_surplus():
   assert (config.attention_softcap, config.final_softcap, config.activation) == (50, 30, "geglu_tanh")
   assert config.windows == (4096, 0) * 21
   assert read_config(published | {"final_logit_softcapping": None})[1].final_softcap == 0
+  assert isinstance(read_config(published | {"final_logit_softcapping": 30})[1].final_softcap, float)
   alternating = ["sliding_attention", "full_attention"] * 21
   assert read_config(published | {"layer_types": alternating})[1] == config
   for surplus, sentence in (

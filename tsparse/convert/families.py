@@ -205,6 +205,7 @@ def read_config(fields: Mapping[str, Any]) -> tuple[tuple[Rule, ...], ModelConfi
   for ours, value in values.items():
     if not isinstance(value, (int, float) if kinds[ours] is float else kinds[ours]):
       raise UserError(f"config.json: {names[ours]} = {value!r} is not of type {kinds[ours].__name__}.")
+    values[ours] = kinds[ours](value)  # 50 as 50.0, which transformers asks for when it reads what we export
   only = ONLY | dict(family.only)
   activations = {family.hidden_act, "hidden_act", "hidden_act_param", "ffn_activation"}
   known = {*names.values(), *NO_MATHS, *family.no_maths, *only, *activations}
@@ -241,25 +242,23 @@ def activation_of(fields: Mapping[str, Any], family: Family) -> str:
 
 MODELING = Path(__file__).with_name("modeling_tsparse.py")
 FFN_PATHS = {rule.ours for rule in EXPERTS}
-# Our fields that every exported config.json carries or need not, beyond FIELDS.
+# Fields of ours, beyond FIELDS, that any exported config.json carries, or that say nothing of the architecture.
 EXPORTED = {"activation", "dtype", "remat", "rope_theta", "rope_scaling"}
 
 
 def family_of(config: ModelConfig) -> str:
   """The `model_type` whose stock class has the architecture of `config`; UserError when there is none."""
-  kind = (
-    "gemma2"
-    if config.post_norms
-    else {
-      # (experts, qk_norm, attention_bias, window)
-      (False, False, False, False): "llama",
-      (False, False, False, True): "mistral",
-      (False, False, True, False): "qwen2",
-      (True, True, False, False): "olmoe",
-      (True, False, False, False): "mixtral",
-      (True, False, False, True): "mixtral",
-    }.get((config.num_experts > 0, config.qk_norm, config.attention_bias, config.sliding_window > 0))
-  )
+  kind = {
+    # (experts, qk_norm, attention_bias, window)
+    (False, False, False, False): "llama",
+    (False, False, False, True): "mistral",
+    (False, False, True, False): "qwen2",
+    (True, True, False, False): "olmoe",
+    (True, False, False, False): "mixtral",
+    (True, False, False, True): "mixtral",
+  }.get((config.num_experts > 0, config.qk_norm, config.attention_bias, config.sliding_window > 0))
+  if config.post_norms:
+    kind = "gemma2"
   if kind is None or (kind == "mixtral" and not config.router_renormalize):
     raise UserError("no model class of transformers has this combination of experts, norms, biases and window.")
   family = FAMILIES[kind]

@@ -158,6 +158,15 @@ def test_logits_equal_and_the_round_trip_is_exact(case, tmp_path):
   np.testing.assert_allclose(their_logits(again, tokens), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["llama_3.1", "llama_yarn"])
+def test_logits_stay_equal_far_beyond_the_original_length(case, tmp_path):
+  family, fields = CASES[case]
+  rope = fields["rope_parameters"] | {"rope_theta": 1e4, "original_max_position_embeddings": 128}
+  reference = save_huggingface(tmp_path, family, {"rope_parameters": rope, "max_position_embeddings": 1024})
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 1000))
+  np.testing.assert_allclose(our_logits(tmp_path, tokens), their_logits(reference, tokens), atol=1e-4, rtol=0)
+
+
 def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
   save_huggingface(tmp_path / "theirs", *CASES["mistral"], dtype="bfloat16")
   convert(tmp_path / "theirs", tmp_path / "ours", "tsparse")

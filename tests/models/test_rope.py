@@ -50,10 +50,21 @@ def test_every_scaling_is_compared():
 def test_frequencies_are_those_of_transformers(case, head_dim, theta):
   expected, factor = theirs(head_dim, theta, CASES[case])
   frequencies, magnitude = rotary_frequencies(head_dim, theta, CASES[case])
-  np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
+  np.testing.assert_allclose(frequencies, expected, rtol=2e-7)  # one unit in the last place
   assert magnitude == pytest.approx(factor, rel=1e-12)
   plain, _ = rotary_frequencies(head_dim, theta)
   assert np.abs(np.asarray(frequencies) / np.asarray(plain) - 1).max() > 0.5  # the scaling does something
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 500_000.0), (64, 10_000.0), (8, 1e6)])
+def test_plain_frequencies_are_those_of_transformers_to_the_bit(head_dim, theta):
+  import transformers
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  config = transformers.LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_theta=theta)
+  expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+  np.testing.assert_array_equal(rotary_frequencies(head_dim, theta)[0], expected.numpy())
+  assert factor == rotary_frequencies(head_dim, theta)[1] == 1
 
 
 def test_angles_are_scaled_and_magnified():

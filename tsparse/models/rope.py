@@ -17,38 +17,39 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tsparse.errors import UserError
 
 Array = jax.Array
 
 
-def linear(frequencies: Array, theta: float, factor: float) -> tuple[Array, float]:
+def linear(frequencies: np.ndarray, theta: float, factor: float) -> tuple[np.ndarray, float]:
   """f / factor: Position Interpolation (arXiv 2306.15595)."""
   del theta
   return frequencies / factor, 1.0
 
 
 def llama3(
-  frequencies: Array,
+  frequencies: np.ndarray,
   theta: float,
   factor: float,
   low_freq_factor: float,
   high_freq_factor: float,
   original_max_position_embeddings: float,
-) -> tuple[Array, float]:
+) -> tuple[np.ndarray, float]:
   """s f + (1 - s) f / factor, s = clip((T f / 2 pi - low) / (high - low), 0, 1): Llama 3.1 (arXiv 2407.21783).
 
   T f / 2 pi is the number of turns in the T tokens of the original length.
   """
   del theta
   turns = original_max_position_embeddings * frequencies / (2 * math.pi)
-  kept = jnp.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+  kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
   return kept * frequencies + (1 - kept) * frequencies / factor, 1.0
 
 
 def yarn(
-  frequencies: Array,
+  frequencies: np.ndarray,
   theta: float,
   factor: float,
   original_max_position_embeddings: float,
@@ -58,8 +59,8 @@ def yarn(
   mscale: float | None = None,
   mscale_all_dim: float | None = None,
   truncate: float = 1.0,
-) -> tuple[Array, float]:
-  """r f / factor + (1 - r) f with the ramp r = clip((i - first) / (last - first), 0, 1): YaRN (arXiv 2309.00071).
+) -> tuple[np.ndarray, float]:
+  """s f + (1 - s) f / factor with the ramp s = 1 - clip((i - first) / (last - first), 0, 1): YaRN (arXiv 2309.00071).
 
   Pair i turns b times in T tokens where i = H ln(T / (2 pi b)) / (2 ln theta): that of beta_fast is `first`, that of
   beta_slow is `last`, rounded outwards if `truncate`. The attention factor, unless given, is m(1) with
@@ -75,11 +76,11 @@ def yarn(
   first, last = max(first, 0), min(last, 2 * pairs - 1)
   if first == last:
     last += 0.001  # a step, as in the code of the paper
-  interpolated = jnp.clip((jnp.arange(pairs, dtype=jnp.float32) - first) / (last - first), 0, 1)
+  kept = 1 - np.clip((np.arange(pairs, dtype=np.float32) - first) / (last - first), 0, 1)
   if attention_factor is None:
     above, below = (mscale, mscale_all_dim) if mscale and mscale_all_dim else (1.0, 0.0)
     attention_factor = (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
-  return interpolated * frequencies / factor + (1 - interpolated) * frequencies, attention_factor
+  return kept * frequencies + (1 - kept) * (frequencies / factor), attention_factor
 
 
 # name -> (the function, the numbers it needs, the numbers it may be given)
@@ -132,15 +133,19 @@ def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
   return name, numbers
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: str = "") -> tuple[Array, float]:
+def rotary_frequencies(head_dim: int, theta: float, scaling: str = "") -> tuple[np.ndarray, float]:
   """Radians per position of each pair [H/2], float32, and what cosine and sine are multiplied by.
+
+  They are constants of the model, computed on the host in the order of transformers: one unit in the last place of a
+  frequency is already seen in the logits after 1000 positions, and XLA's power differs between devices.
 
   Args:
     head_dim: H, even.
     theta: base of the frequencies theta^(-2i/H).
     scaling: "" for these frequencies themselves, or see SCALINGS.
   """
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [H/2]
+  exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)  # [H/2]
+  frequencies = 1 / np.float32(theta ** exponents.astype(np.float64))
   if not scaling:
     return frequencies, 1.0
   name, numbers = parse_scaling(scaling)

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tsparse.errors import UserError
-from tsparse.models.config import PRESETS, activated_parameters, parameter_counts
+from tsparse.models.config import PRESETS, ModelConfig, activated_parameters, parameter_counts
 from tsparse.models.transformer import Transformer, abstract_parameters
 
 # Sums of the tensor sizes of the published checkpoints (mistralai, meta-llama).
@@ -51,6 +51,20 @@ def test_shared_and_dense_ffns_are_activated_for_every_token():
   assert read == sum(counts.values()) - ffns + 3 * 128 * (3 * 320 + 448 / 4)
 
 
+def test_a_gemma_has_the_parameters_its_paper_prints():
+  # Gemma 2 (arXiv 2408.00118), Tables 1 and 2: the 2B and the 9B
+  small = ModelConfig(
+    vocab_size=256_128, num_layers=26, d_model=2304, d_ff=9216, num_heads=8, num_kv_heads=4, head_dim=256,
+    max_seq_len=8192, sliding_window=4096, full_attention_every=2, post_norms=True, tie_embeddings=True,
+  )  # fmt: skip
+  large = dataclasses.replace(small, num_layers=42, d_model=3584, d_ff=14_336, num_heads=16, num_kv_heads=8)
+  for config, embedding, others in ((small, 590_118_912, 2_024_517_888), (large, 917_962_752, 8_324_201_984)):
+    counts = parameter_counts(config)
+    shapes, _ = abstract_parameters(Transformer(config))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == sum(counts.values())
+    assert (counts["embedding"], sum(counts.values()) - counts["embedding"]) == (embedding, others)
+
+
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
@@ -63,6 +77,12 @@ def test_shared_and_dense_ffns_are_activated_for_every_token():
     ({"dense_layers": 1, "dense_d_ff": 8}, "all its layers are dense"),
     ({"predictor_ranks": (4,), "predictor_input": "before_norm"}, "one positive rank for each of 4"),
     ({"predictor_ranks": (4,) * 4}, "predictor_input is ''"),
+    ({"sliding_window": 5, "full_attention_every": 1}, "full_attention_every is 1; it must be above 1"),
+    ({"full_attention_every": 2}, "full_attention_every is 2 and there is no sliding_window"),
+    ({"attention_softcap": -1.0}, "attention_softcap is -1.0; 0 means none"),
+    ({"final_softcap": float("inf")}, "final_softcap is inf; 0 means none"),
+    ({"query_scalar": -1}, "query_scalar is -1; 0 means none"),
+    ({"norm_offset": float("nan")}, "norm_offset is nan"),
     ({"dtype": "float16"}, "float16"),
     ({"activation": "elu"}, "elu"),
   ],

@@ -8,7 +8,7 @@ import pytest
 
 from tsparse.activations import activation
 from tsparse.analysis.masks import TopK
-from tsparse.models import counts
+from tsparse.models import counts, layers
 from tsparse.models.config import PRESETS
 from tsparse.models.moe import moe_dense, route
 from tsparse.models.predictor import predict
@@ -16,6 +16,17 @@ from tsparse.models.transformer import REMAT, Transformer, init_parameters
 from tsparse.sharding import path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_model=64, d_ff=96, head_dim=16, activation="drelu")
+GEMMA = dataclasses.replace(
+  TINY,
+  num_layers=3,
+  sliding_window=4,
+  full_attention_every=3,
+  norm_offset=1.0,
+  post_norms=True,
+  scale_embeddings=True,
+  attention_softcap=5.0,
+  final_softcap=3.0,
+)
 MOE = dataclasses.replace(TINY, num_experts=4, experts_per_token=2)
 DEEPSEEK = dataclasses.replace(MOE, num_shared_experts=2, shared_d_ff=24, dense_layers=1, dense_d_ff=160)
 
@@ -54,10 +65,11 @@ def test_parameter_names_are_those_of_the_documentation():
   assert dense["layers/ffn/gate"] == dense["layers/ffn/up"] == (2, 64, 96) and dense["layers/ffn/down"] == (2, 96, 64)
   assert dense["layers/attention/key"] == (2, 64, 2, 16) and dense["head"] == (64, 264)
   assert shapes(MOE)["layers/ffn/gate"] == (2, 4, 64, 96) and shapes(MOE)["layers/ffn/router"] == (2, 64, 4)
+  assert shapes(GEMMA)["layers/attention_post_norm"] == shapes(GEMMA)["layers/ffn_post_norm"] == (3, 64)
   assert "head" not in shapes(dataclasses.replace(TINY, tie_embeddings=True))
 
 
-@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("config", [TINY, MOE, GEMMA], ids=["dense", "moe", "gemma"])
 def test_packed_documents_do_not_see_each_other(config):
   params = params_of(config)
   tokens = tokens_of(24)
@@ -84,26 +96,46 @@ def test_drelu_at_random_parameters_zeroes_three_quarters(config):
   assert ffn.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
 
 
+@pytest.mark.parametrize("base", [TINY, GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("remat", REMAT)
-def test_recomputation_changes_no_gradient(remat):
-  params, tokens, where = params_of(TINY), tokens_of(16), row(16, total=16)
+def test_recomputation_changes_no_gradient(remat, base):
+  params, tokens, where = params_of(base), tokens_of(16), row(16, total=16)
 
   def gradient(config):
     return jax.jit(jax.grad(lambda p: apply(config, p, tokens, *where)[0].var()))(params)
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-    gradient(dataclasses.replace(TINY, remat=remat)),
-    gradient(TINY),
+    gradient(dataclasses.replace(base, remat=remat)),
+    gradient(base),
   )
 
 
-def test_bfloat16_compute_is_near_float32():
-  params, tokens, where = params_of(TINY), tokens_of(32), row(32, total=32)
-  exact, _ = apply(TINY, params, tokens, *where)
-  rounded, _ = apply(dataclasses.replace(TINY, dtype="bfloat16"), params, tokens, *where)
+@pytest.mark.parametrize("config", [TINY, GEMMA], ids=["llama", "gemma"])
+def test_bfloat16_compute_is_near_float32(config):
+  params, tokens, where = params_of(config), tokens_of(32), row(32, total=32)
+  exact, _ = apply(config, params, tokens, *where)
+  rounded, _ = apply(dataclasses.replace(config, dtype="bfloat16"), params, tokens, *where)
   assert rounded.dtype == jnp.float32
   assert float(jnp.abs(rounded - exact).max()) < 0.1 * float(exact.std())
+
+
+def test_a_norm_with_an_offset_multiplies_before_the_cast_and_one_without_after():
+  x, scale = (jax.random.normal(jax.random.key(i), (7, 64)) for i in (0, 1))
+  x, scale = np.asarray(x.astype(jnp.bfloat16)), np.asarray(scale[0])
+  x32 = x.astype(np.float32)
+  normed = x32 / np.sqrt((x32**2).mean(-1, keepdims=True) + 1e-3)
+  product = (normed * (1 + scale)).astype(x.dtype)
+  np.testing.assert_array_equal(layers.rms_norm(x, scale, 1e-3, offset=1.0), product)
+  rounded = normed.astype(x.dtype) * scale.astype(x.dtype)
+  np.testing.assert_array_equal(layers.rms_norm(x, scale, 1e-3), rounded)
+  assert (normed.astype(x.dtype) * (1 + scale).astype(x.dtype) != product).any()  # the order is seen
+
+
+def test_a_softcap_bends_large_values_to_the_cap():
+  x = np.array([-1e4, -2.0, 0.0, 1e-3, 5.0], np.float32)
+  np.testing.assert_allclose(layers.softcap(x, 3.0), 3 * np.tanh(x / 3), rtol=1e-6)
+  np.testing.assert_array_equal(layers.softcap(x, 0.0), x)
 
 
 def test_router_weights_are_a_softmax_over_the_chosen():

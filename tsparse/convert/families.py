@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tsparse.convert.rope import read_rope, write_rope
 from tsparse.convert.rules import Rule
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -64,7 +65,6 @@ SHARED = tuple(
   for ours, pattern in (("gate", "F D -> D F"), ("up", "F D -> D F"), ("down", "D F -> F D"))
 )
 SHARED_GATE = Rule("layers/ffn/shared_gate", LAYER + "mlp.shared_expert_gate.weight", "1 D -> D")
-NONE_IS_ZERO = {"sliding_window", "num_shared_experts"}  # fields of ours that are null in some config.json
 BIAS = tuple(
   Rule(f"layers/attention/{ours}_bias", LAYER + f"self_attn.{theirs}_proj.bias", f"({heads} H) -> {heads} H")
   for ours, theirs, heads in (("query", "q", "N"), ("key", "k", "K"), ("value", "v", "K"))
@@ -73,7 +73,13 @@ QK_NORM = (
   Rule("layers/attention/query_norm", LAYER + "self_attn.q_norm.weight", "(N H) -> N H"),
   Rule("layers/attention/key_norm", LAYER + "self_attn.k_norm.weight", "(K H) -> K H"),
 )
-ACTIVATIONS = {"silu": "swiglu", "relu": "relu", "gelu": "geglu"}  # hidden_act -> ours
+POST_NORMS = (
+  Rule("layers/attention_post_norm", LAYER + "post_attention_layernorm.weight", "D -> D"),
+  Rule("layers/ffn_norm", LAYER + "pre_feedforward_layernorm.weight", "D -> D"),
+  Rule("layers/ffn_post_norm", LAYER + "post_feedforward_layernorm.weight", "D -> D"),
+)
+# hidden_act -> ours
+ACTIVATIONS = {"silu": "swiglu", "relu": "relu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Family:
     fields: our field -> theirs, beyond FIELDS.
     defaults: values of their fields where config.json leaves them out.
     activations: hidden_act -> our activation.
+    hidden_act: their field that says the activation.
     constants: our fields that are so in all its models.
     only: their fields that change the maths, by the only values supported.
     no_maths: their fields that do not, given `only`.
@@ -97,6 +104,7 @@ class Family:
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: ACTIVATIONS)
+  hidden_act: str = "hidden_act"
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
   no_maths: tuple[str, ...] = ()
@@ -124,6 +132,8 @@ def within(rules: tuple[Rule, ...], before: str, after: str) -> tuple[Rule, ...]
 WINDOW = {"sliding_window": "sliding_window"}
 MIXTRAL = WINDOW | {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 EXPERT_FIELDS = {"experts_per_token": "num_experts_per_tok", "router_renormalize": "norm_topk_prob"}
+# Fields of ours whose 0 is null in config.json.
+NULL_IS_ZERO = {"sliding_window", "attention_softcap", "final_softcap", "num_shared_experts"}
 FAMILIES = {
   # ReluLLaMA is a llama with hidden_act relu; ProSparse adds fatrelu with its threshold in hidden_act_param.
   "llama": Family("LlamaForCausalLM", ATTENTION + FFN, {}, {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
@@ -150,6 +160,31 @@ FAMILIES = {
     {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
     constants={"qk_norm": True},
     only={"clip_qkv": (None,)},
+  ),
+  "gemma2": Family(
+    "Gemma2ForCausalLM",
+    tuple(rule for rule in ATTENTION if rule.ours != "layers/ffn_norm") + POST_NORMS + FFN,
+    WINDOW
+    | {
+      "attention_softcap": "attn_logit_softcapping",
+      "final_softcap": "final_logit_softcapping",
+      "query_scalar": "query_pre_attn_scalar",
+    },
+    {
+      "rms_norm_eps": 1e-6,
+      "tie_word_embeddings": True,
+      "head_dim": 256,
+      "max_position_embeddings": 8192,
+      "sliding_window": 4096,
+      "query_pre_attn_scalar": 256,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+      "hidden_activation": "gelu_pytorch_tanh",
+    },
+    hidden_act="hidden_activation",
+    constants={"norm_offset": 1.0, "post_norms": True, "scale_embeddings": True, "full_attention_every": 2},
+    only={"use_bidirectional_attention": (False, None)},
+    no_maths=("cache_implementation", "layer_types", "sliding_window_size"),
   ),
   "qwen2_moe": Family(
     "Qwen2MoeForCausalLM",
@@ -240,8 +275,8 @@ def read_config(
   values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
   if values["head_dim"] is None and values["d_model"] and values["num_heads"]:
     values["head_dim"] = values["d_model"] // values["num_heads"]
-  for name in NONE_IS_ZERO & values.keys():
-    values[name] = values[name] or 0
+  for ours in NULL_IS_ZERO & values.keys():
+    values[ours] = values[ours] or 0
   missing = [names[ours] for ours, value in values.items() if value is None]
   if missing:
     raise UserError(f"config.json lacks {', '.join(missing)}: the checkpoint is not whole.")
@@ -250,25 +285,24 @@ def read_config(
   for ours, value in values.items():
     if not isinstance(value, (int, float) if kinds[ours] is float else kinds[ours]):
       raise UserError(f"config.json: {names[ours]} = {value!r} is not of type {kinds[ours].__name__}.")
+    values[ours] = kinds[ours](value)  # 50 as 50.0, which transformers asks for when it reads what we export
   only = ONLY | dict(family.only)
-  known = {*names.values(), *NO_MATHS, *family.no_maths, *only, "hidden_act", "hidden_act_param"}
+  known = {*names.values(), *NO_MATHS, *family.no_maths, *only, family.hidden_act, "hidden_act", "hidden_act_param"}
   known |= {"ffn_activation", "predictor_input", "predictor_ranks"} if exported else set()
   for name, value in fields.items():
     if name not in known or value not in only.get(name, (value,)):
       allowed = f"only {only[name][0]!r} is" if name in only else "it is not known here and may change the maths"
       raise UserError(f"config.json: {name} = {value!r} is not supported ({allowed}).")
   activation = fields["ffn_activation"] if exported else activation_of(fields, family)
-  config = ModelConfig(
-    **values, **family.constants, rope_theta=rope_theta(fields, family), activation=activation, dtype="float32"
-  )
+  rope = read_rope(fields, family.defaults.get("rope_theta", 10_000.0))
+  config = ModelConfig(**values, **family.constants, **rope, activation=activation, dtype="float32")
+  check_layer_types(fields.get("layer_types"), config)
   predictor_input = fields.get("predictor_input", "") if exported else family.predictor_input
-  config = with_predictors(config, family, predictor_input, shapes)
+  config = with_predictors(config, predictor_input, shapes)
   return (exported_rules if exported else rules_of)(family, config), config
 
 
-def with_predictors(
-  config: ModelConfig, family: Family, predictor_input: str, shapes: Mapping[str, tuple[int, ...]]
-) -> ModelConfig:
+def with_predictors(config: ModelConfig, predictor_input: str, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
   """`config` with the predictors whose tensors are in `shapes`, if there are any."""
   ranks = []
   for layer in range(config.num_layers) if predictor_input else ():
@@ -281,47 +315,54 @@ def with_predictors(
   return dataclasses.replace(config, predictor_ranks=tuple(ranks), predictor_input=predictor_input)
 
 
-def rope_theta(fields: Mapping[str, Any], family: Family) -> float:
-  """Base of the rotary frequencies, under its old name or its new one; scaled frequencies are refused."""
-  rope = fields.get("rope_parameters") or {}
-  for name in ("rope_parameters", "rope_scaling"):
-    scaling = {k: v for k, v in (fields.get(name) or {}).items() if k != "rope_theta" and v != "default"}
-    if scaling:
-      raise UserError(f"config.json: {name} = {scaling} is not supported, only plain rotary positions are.")
-  return float(rope.get("rope_theta", fields.get("rope_theta", family.defaults.get("rope_theta", 10_000.0))))
+def check_layer_types(layer_types: Any, config: ModelConfig):
+  """Raises UserError when `layer_types` of a config.json says other layers have a window than ours do."""
+  expected = ["sliding_attention" if window else "full_attention" for window in config.windows]
+  if layer_types not in (None, expected):
+    raise UserError(f"config.json: layer_types = {layer_types} is not supported (only {expected} is).")
 
 
 def activation_of(fields: Mapping[str, Any], family: Family) -> str:
   """Our name of a config.json's hidden_act."""
-  name = fields.get("hidden_act", "silu")
+  name = fields.get(family.hidden_act, family.defaults.get(family.hidden_act, "silu"))
   if name == "fatrelu" and "relu" in family.activations:
     return f"fatrelu:{fields.get('hidden_act_param')}"
   if name not in family.activations:
-    raise UserError(f"config.json: hidden_act {name!r} is not supported, only {', '.join(family.activations)} are.")
+    raise UserError(
+      f"config.json: {family.hidden_act} {name!r} is not supported, only {', '.join(family.activations)} are."
+    )
   return family.activations[name]
 
 
 MODELING = Path(__file__).with_name("modeling_tsparse.py")
-
-
-# Fields of ours that no family need have: every architecture can follow them, or they say nothing about it.
-FREE = {*FIELDS, "rope_theta", "activation", "dtype", "remat", "predictor_ranks", "predictor_input"}
+# Fields of ours that every exported config.json carries, or that say nothing of the architecture.
+FREE = {
+  *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "predictor_ranks", "predictor_input",
+}  # fmt: skip
 
 
 def family_of(config: ModelConfig) -> str:
   """The first `model_type` that can express the architecture of `config`; UserError when there is none."""
-  ours = dataclasses.asdict(config)
+  wrong = {kind: inexpressible(family, config) for kind, family in FAMILIES.items()}
+  kind = min(wrong, key=lambda kind: len(wrong[kind]))
+  if wrong[kind]:
+    raise UserError(
+      f"no model class of transformers is like this: {kind} is nearest and cannot have {', '.join(wrong[kind])}."
+    )
+  return kind
+
+
+def inexpressible(family: Family, config: ModelConfig) -> list[str]:
+  """The fields of `config`, with their values, that no config.json of the family can say."""
+  values = dataclasses.asdict(config)
   defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in FREE}
-  for kind, family in FAMILIES.items():
-    fixed = {name: value for name, value in (defaults | dict(family.constants)).items() if name not in family.fields}
-    written = {theirs: ours[name] for name, theirs in family.fields.items()}
-    if (
-      ("num_experts" in family.fields) == (config.num_experts > 0)
-      and all(ours[name] == value for name, value in fixed.items())
-      and all(ours[name] == written[theirs] for name, theirs in family.fields.items())  # one of theirs for two of ours
-    ):
-      return kind
-  raise UserError("no model class of transformers has this combination of experts, norms, biases and window.")
+  fixed = {name: value for name, value in (defaults | dict(family.constants)).items() if name not in family.fields}
+  wrong = {name for name, value in fixed.items() if values[name] != value}
+  written = {theirs: values[name] for name, theirs in family.fields.items()}
+  wrong |= {name for name, theirs in family.fields.items() if values[name] != written[theirs]}  # one for two of ours
+  if "num_experts" in family.fields and not config.num_experts:
+    wrong.add("num_experts")
+  return [f"{name} = {value!r}" for name, value in values.items() if name in wrong]
 
 
 def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tuple[Rule, ...], dict[str, str]]:
@@ -334,12 +375,13 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   family = FAMILIES[kind]
   names = FIELDS | dict(family.fields)
   fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-  if "sliding_window" in fields:
-    fields["sliding_window"] = fields["sliding_window"] or None
-  fields |= {"rope_theta": config.rope_theta, "torch_dtype": dtype}
+  fields |= {names[ours]: getattr(config, ours) or None for ours in NULL_IS_ZERO & names.keys()}
+  if "query_scalar" in names:
+    fields[names["query_scalar"]] = config.query_scalar or config.head_dim
+  fields |= {**write_rope(config), "torch_dtype": dtype}
   stock = {ours: theirs for theirs, ours in family.activations.items()}.get(config.activation)
   if stock and family.architecture and not config.predictor_ranks:
-    head = {"architectures": [family.architecture], "model_type": kind, "hidden_act": stock}
+    head = {"architectures": [family.architecture], "model_type": kind, family.hidden_act: stock}
     return head | fields, rules_of(family, config), {}
   module, name = MODELING.stem, "Tsparse" + kind.replace("_", " ").title().replace(" ", "")
   head = {

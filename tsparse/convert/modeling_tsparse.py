@@ -1,13 +1,15 @@
 """Models with FFN activations (and DeepSeek-MoE, and neuron predictors) that transformers has no classes for.
 
 tsparse copies this file beside an exported model; `trust_remote_code=True` loads it. config.json says the activation in
-`ffn_activation`: swiglu, geglu, relu, relu2, drelu, shifted_relu:B or fatrelu:T, as functions of (gate, up).
+`ffn_activation`: swiglu, geglu, geglu_tanh, relu, relu2, drelu, shifted_relu:B or fatrelu:T, functions of (gate, up).
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+  Gemma2Config,
+  Gemma2ForCausalLM,
   LlamaConfig,
   LlamaForCausalLM,
   MistralConfig,
@@ -25,6 +27,7 @@ from transformers import (
 ACTIVATIONS = {
   "swiglu": lambda gate, up, _: functional.silu(gate) * up,
   "geglu": lambda gate, up, _: functional.gelu(gate) * up,
+  "geglu_tanh": lambda gate, up, _: functional.gelu(gate, approximate="tanh") * up,
   "relu": lambda gate, up, _: torch.relu(gate) * up,
   "relu2": lambda gate, up, _: torch.relu(gate).square() * up,
   "drelu": lambda gate, up, _: torch.relu(gate) * torch.relu(up),
@@ -181,6 +184,22 @@ class TsparseQwen2Config(Qwen2Config):
   """Qwen2Config with `ffn_activation`."""
 
   model_type = "tsparse_qwen2"
+
+
+class TsparseGemma2Config(Gemma2Config):
+  """Gemma2Config with `ffn_activation`."""
+
+  model_type = "tsparse_gemma2"
+
+
+class TsparseGemma2ForCausalLM(Gemma2ForCausalLM):
+  """Gemma 2 with the FFN of `config.ffn_activation`."""
+
+  config_class = TsparseGemma2Config
+
+  def __init__(self, config):
+    super().__init__(config)
+    _replace_ffn(self, config)
 
 
 class TsparseOlmoeConfig(OlmoeConfig):

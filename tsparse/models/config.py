@@ -11,11 +11,12 @@ from typing import Any
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
+from tsparse.models.rope import parse_scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A Llama/Mistral/Mixtral-family decoder.
+  """A decoder of the Llama family: Llama, Mistral, Mixtral, Qwen2, OLMoE, Gemma 2.
 
   Raises:
     UserError: from `__post_init__`, when a value is out of range or two values contradict each other.
@@ -39,11 +40,19 @@ class ModelConfig:
   predictor_ranks: tuple[int, ...] = ()  # R of each layer's neuron predictor (TurboSparse); empty is none
   predictor_input: str = ""  # what they read: before_norm (the residual stream) or after_norm (as the FFN)
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
+  full_attention_every: int = 0  # the last of every so many layers has no window (Gemma 2: 2); 0 means all have it
   rope_theta: float = 10_000.0
+  rope_scaling: str = ""  # of rotary positions, for longer texts: "" or as in models/rope.py, "linear:factor=4"
   norm_eps: float = 1e-5
   tie_embeddings: bool = False  # output head = transposed embedding
   attention_bias: bool = False  # on queries, keys and values (Qwen2)
   qk_norm: bool = False  # RMSNorm of the queries and of the keys, over all heads together (OLMoE)
+  attention_softcap: float = 0.0  # attention scores become cap tanh(scores / cap) (Gemma 2); 0 means they stay
+  final_softcap: float = 0.0  # and so do the logits
+  query_scalar: int = 0  # attention scores are divided by its square root; 0 means head_dim
+  norm_offset: float = 0.0  # a norm multiplies by offset + parameter (Gemma: 1), if not 0 before the cast to dtype
+  post_norms: bool = False  # the outputs of attention and of the FFN are normed before they are added (Gemma 2)
+  scale_embeddings: bool = False  # embeddings times sqrt(D), which is rounded to dtype (Gemma)
   router_renormalize: bool = True  # weights of the chosen experts sum to 1 (Mixtral); if not, softmax over all (OLMoE)
   dtype: str = "bfloat16"  # compute; parameters are float32
   remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
@@ -59,11 +68,20 @@ class ModelConfig:
     for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
       require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
     require(0 < self.rope_theta < float("inf"), f"rope_theta is {self.rope_theta}, it must be positive")
+    if self.rope_scaling:
+      parse_scaling(self.rope_scaling)
+      require(self.rope_theta > 1, f"rope_theta is {self.rope_theta}, rope_scaling needs it above 1")
     require(0 < self.norm_eps < 1, f"norm_eps is {self.norm_eps}, it must be a small positive number")
     heads, kv_heads = self.num_heads, self.num_kv_heads
     require(heads % kv_heads == 0, f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
     require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, rotary embeddings need pairs")
     require(self.sliding_window >= 0, f"sliding_window is {self.sliding_window}; 0 means none")
+    every = self.full_attention_every
+    require(every == 0 or every > 1, f"full_attention_every is {every}; it must be above 1, or 0 for none")
+    require(every == 0 or self.sliding_window > 0, f"full_attention_every is {every} and there is no sliding_window")
+    for name in ("attention_softcap", "final_softcap", "query_scalar"):
+      require(0 <= getattr(self, name) < float("inf"), f"{name} is {getattr(self, name)}; 0 means none")
+    require(abs(self.norm_offset) < float("inf"), f"norm_offset is {self.norm_offset}, it must be finite")
     require(self.num_experts >= 0, f"num_experts is {self.num_experts}; 0 means a dense FFN")
     experts, chosen = self.num_experts, self.experts_per_token
     fits = 1 <= chosen <= experts if experts else chosen == 0
@@ -94,6 +112,12 @@ class ModelConfig:
       "E": self.num_experts,
       "R": max(self.predictor_ranks, default=0),
     }
+
+  @property
+  def windows(self) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 where there is none."""
+    every = self.full_attention_every
+    return tuple(0 if every and (i + 1) % every == 0 else self.sliding_window for i in range(self.num_layers))
 
   @property
   def first(self) -> "ModelConfig":
@@ -194,7 +218,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     "embedding": s["V"] * s["D"],
     "head": 0 if config.tie_embeddings else s["V"] * s["D"],
     "attention": layers * s["H"] * (2 * s["D"] * (s["N"] + s["K"]) + config.attention_bias * (s["N"] + 2 * s["K"])),
-    "norms": (2 * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
+    "norms": ((2 + 2 * config.post_norms) * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
     "router": (layers - config.dense_layers) * s["D"] * (s["E"] + config.shared_gate),
     "predictor": sum(config.predictor_ranks) * (s["D"] + s["F"]) * experts,
     "ffn": (layers - config.dense_layers) * experts * 3 * s["D"] * s["F"],

@@ -4,6 +4,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
 
     embed [V, D] · final_norm [D] · head [D, V] (absent when tied)
     layers/attention_norm [L, D] · layers/ffn_norm [L, D]
+    layers/attention_post_norm [L, D] · layers/ffn_post_norm [L, D]                              with post_norms
     layers/attention/{query [L, D, N, H], key [L, D, K, H], value [L, D, K, H], out [L, N, H, D]}
     layers/attention/{query_bias [L, N, H], key_bias [L, K, H], value_bias [L, K, H]}            with attention_bias
     layers/attention/{query_norm [L, N, H], key_norm [L, K, H]}                                  with qk_norm
@@ -23,7 +24,7 @@ from flax import linen as nn
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
-from tsparse.models import layers
+from tsparse.models import layers, rope
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
@@ -63,9 +64,10 @@ def _vector(module: nn.Module, name: str, axes: str, init: nn.initializers.Initi
 
 def _norm(module: nn.Module, name: str, x: Array, axes: str = "D") -> Array:
   """RMSNorm of x [B, T, axes] over all its `axes` together, by the scale `name`."""
-  scale = _vector(module, name, axes, nn.initializers.ones)
+  config = module.config
+  scale = _vector(module, name, axes, nn.initializers.constant(1 - config.norm_offset))
   flat = x.reshape(*x.shape[:2], -1)
-  return layers.rms_norm(flat, scale.reshape(-1), module.config.norm_eps).reshape(x.shape)
+  return layers.rms_norm(flat, scale.reshape(-1), config.norm_eps, config.norm_offset).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -86,9 +88,9 @@ class Attention(nn.Module):
       value += _vector(self, "value_bias", "KH", nn.initializers.zeros).astype(x.dtype)
     if config.qk_norm:
       query, key = _norm(self, "query_norm", query, "NH"), _norm(self, "key_norm", key, "KH")
-    query = constrain(layers.rotate(query, cos, sin), "BTNH")
-    key = constrain(layers.rotate(key, cos, sin), "BTKH")
-    mixed = layers.attention(query, key, value, mask)  # [B, T, N, H]
+    query = constrain(rope.rotate(query, cos, sin), "BTNH")
+    key = constrain(rope.rotate(key, cos, sin), "BTKH")
+    mixed = layers.attention(query, key, value, mask, config.query_scalar, config.attention_softcap)  # [B, T, N, H]
     out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
     return jnp.einsum("btnh,nhd->btd", mixed, out)
 
@@ -140,21 +142,35 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+  """One layer: x + attention(norm(x)), then x + ffn(norm(x)), each normed again before it is added if post_norms."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
-    self, x: Array, cos: Array, sin: Array, mask: Array, valid: Array, intervene: Intervention | None
+    self,
+    x: Array,
+    cos: Array,
+    sin: Array,
+    masks: Array,
+    valid: Array,
+    mask_index: Array | None,
+    intervene: Intervention | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
-    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
+    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers).
+
+    `mask_index` says which of the masks [M, B, T, T] is the layer's; None where there is one for all.
+    """
     config = self.config
     x = constrain(x, "BTD")
     normed = _norm(self, "attention_norm", x)
-    x = x + Attention(config, name="attention")(normed, cos, sin, mask)
+    mask = masks[0 if mask_index is None else mask_index]
+    out = Attention(config, name="attention")(normed, cos, sin, mask)
+    x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
     out, counts = FeedForward(config, name="ffn")(normed, x, valid, intervene)
+    if config.post_norms:
+      out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
 
 
@@ -164,7 +180,7 @@ def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
     nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
     length=length,
     metadata_params={nn.PARTITION_NAME: "L"},
   )
@@ -195,15 +211,20 @@ class Transformer(nn.Module):
     config = self.config
     embed = _weight(self, "embed", "VD", fan_in="D")
     x = constrain(embed[tokens], "BTD")
-    cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
-    mask = layers.attention_mask(segment_ids, config.sliding_window)
-    first, valid, counts = config.dense_layers, segment_ids > 0, {}
+    if config.scale_embeddings:
+      x *= jnp.asarray(config.d_model**0.5, x.dtype)
+    cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    windows = sorted(set(config.windows))
+    masks = jnp.stack([layers.attention_mask(segment_ids, window) for window in windows])  # [M, B, T, T]
+    mask_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
+    valid, first, counts = segment_ids > 0, config.dense_layers, {}
+    per_layer = (mask_index, intervention)
     if first:
-      head = jax.tree.map(lambda leaf: leaf[:first], intervention)
-      x, dense = _stack(config.first, first, "first")(x, cos, sin, mask, valid, head)
+      head = jax.tree.map(lambda leaf: leaf[:first], per_layer)
+      x, dense = _stack(config.first, first, "first")(x, cos, sin, masks, valid, *head)
       counts["first"] = dense["ffn"]
-    rest = jax.tree.map(lambda leaf: leaf[first:], intervention)
-    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, mask, valid, rest)
+    rest = jax.tree.map(lambda leaf: leaf[first:], per_layer)
+    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, masks, valid, *rest)
     counts |= others
     x = _norm(self, "final_norm", x)
     if config.tie_embeddings:
@@ -211,7 +232,7 @@ class Transformer(nn.Module):
     else:
       head = _weight(self, "head", "DV", fan_in="D")
       logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
-    return constrain(logits, "BTV"), counts
+    return constrain(layers.softcap(logits, config.final_softcap), "BTV"), counts
 
 
 def remat_policy(name: str):

@@ -383,7 +383,7 @@ def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, th
 
   fields = json.loads((source / "config.json").read_text())
   del fields["rope_parameters"]
-  config = read_config(fields | rope)[1]
+  config = read_config(fields | rope, {})[1]
   assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
   read = transformers.LlamaConfig(**json.loads(json.dumps(fields | rope))).rope_parameters
   written = transformers.LlamaConfig(**export_format(config, "float32")[0]).rope_parameters
@@ -409,10 +409,10 @@ def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, th
 def test_other_rotary_positions_are_refused_by_name_and_value(rope, sentence, source):
   fields = json.loads((source / "config.json").read_text())
   with pytest.raises(UserError, match="only one of them can hold"):
-    read_config(fields | {"rope_scaling": rope})
+    read_config(fields | {"rope_scaling": rope}, {})
   del fields["rope_parameters"]
   with pytest.raises(UserError, match=sentence):
-    read_config(fields | {"rope_scaling": rope})
+    read_config(fields | {"rope_scaling": rope}, {})
 
 
 def test_weights_that_are_not_finite_are_named(source, tmp_path, caplog):

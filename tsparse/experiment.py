@@ -15,16 +15,14 @@ from rich.console import Console
 from tsparse import files, sharding
 from tsparse import workdir as workdirs
 from tsparse.activations import activation
-from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
+from tsparse.analysis.run import Case, analyze_cases
 from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
-from tsparse.models.transformer import Transformer
-from tsparse.progress import ProgressLine
-from tsparse.train.loop import prepare, train
+from tsparse.train.loop import train
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
@@ -110,7 +108,6 @@ def analyze_stages(
   console: Console,
 ) -> dict[str, Any]:
   """analysis.json of an experiment: the base, the base with its activation swapped, and the model as trained."""
-  target = prepare(config, mesh).target.params
   model = model_config(config)
   if init is None:
     cases = [("trained", open_model(workdir), model.activation, config.analysis.levels)]
@@ -123,21 +120,12 @@ def analyze_stages(
     name = "recovered" if before != model.activation else "trained"
     cases.append((name, open_model(workdir), model.activation, config.analysis.levels))
 
-  models = []
-  with ProgressLine(console, "analysis", 0, sum(1 + len(levels) for *_, levels in cases)) as bar:
-    for name, stored, act, levels in cases:
-      params, tokens = stored.restore(target)
-      entry = analyze(
-        name,
-        Transformer(dataclasses.replace(model, activation=activation(act).name)),
-        params,
-        held_out,
-        mesh,
-        source=str(stored.path),
-        text=f"{config.data.validation or config.data.train} (held out)",
-        trained_tokens=tokens,
-        levels=levels,
-        progress=bar.advance,
-      )
-      models.append(entry)
-  return {"models": models, "definitions": DEFINITIONS}
+  text = f"{config.data.validation or config.data.train} (held out)"
+  return analyze_cases(
+    [
+      Case(name, stored, dataclasses.replace(model, activation=activation(act).name), held_out, text, levels)
+      for name, stored, act, levels in cases
+    ],
+    mesh,
+    console,
+  )

@@ -1,10 +1,15 @@
-"""Files written whole, and JSON that every reader accepts."""
+"""Files and folders written whole, and JSON that every reader accepts."""
 
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tsparse.errors import UserError
 
 
 def write(path: Path, content: str | bytes):
@@ -30,3 +35,33 @@ def strict(value: Any) -> Any:
 def to_json(value: Any) -> str:
   """`strict(value)`, indented, with a newline at the end."""
   return json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def check_new(out: Path):
+  """Raises UserError when the folder `out` of a command (--out) holds anything already."""
+  try:
+    used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+  except OSError as error:
+    raise UserError(f"--out={out} cannot be read ({error.strerror}): give another folder.") from None
+  if used:
+    raise UserError(f"--out={out} is in use: give a folder that does not exist yet.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+  """A scratch folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
+  check_new(out)
+  target = out.absolute()  # "." has no name
+  scratch = target.with_name(f".{target.name}.{os.getpid()}")
+  try:
+    scratch.mkdir(parents=True)
+  except OSError as error:
+    raise UserError(f"--out={out} cannot be written ({error.strerror}): give another folder.") from None
+  try:
+    yield scratch
+    if target.exists():
+      target.rmdir()
+    scratch.replace(target)
+  except BaseException:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise

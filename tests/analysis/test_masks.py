@@ -46,7 +46,8 @@ def held_out(config, rows=4, time=24):
     "segment_ids": segments,
     "positions": np.broadcast_to(np.arange(time, dtype=np.int32), (rows, time)),
   }
-  return EvaluationSet([batch, batch], documents=8, tokens=2 * int((segments > 0).sum()))
+  tokens = 2 * int((segments > 0).sum())
+  return EvaluationSet([batch, batch], 8, tokens, split="all", complete=True, vocabulary="bytes")
 
 
 @pytest.mark.parametrize("experts", [0, 4])

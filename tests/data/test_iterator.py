@@ -112,7 +112,11 @@ def test_evaluation_takes_whole_documents_in_a_fixed_order(jsonl):
   some = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=2000)
   assert some.tokens <= 2000 < some.tokens + 310
   assert documents_of(some.batches) == documents_of(every.batches)[: some.documents]
-  assert evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=1).documents == 1
+  assert every.complete and not some.complete
+  for limit in (1, 5):  # less than the first document: it is cut
+    cut = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=limit)
+    assert (cut.documents, cut.tokens, cut.complete) == (1, limit, False)
+    assert (cut.batches[0]["targets"][0, :limit] == every.batches[0]["targets"][0, :limit]).all()
   assert {b["targets"].shape for b in every.batches} == {(4, 64)}
 
 

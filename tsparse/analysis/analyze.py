@@ -19,6 +19,8 @@ DEFINITIONS = {
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
   "activated": ACTIVATED_DEFINITION,
+  "trained_tokens": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
+  "from elsewhere saw before is not known and not counted",
 }
 
 
@@ -65,6 +67,7 @@ def analyze(
     "model": source,
     "activation": model.config.activation,
     "data": text,
+    "vocabulary": data.vocabulary,
     "documents": data.documents,
     "tokens": natural.tokens,
     "trained_tokens": trained_tokens,

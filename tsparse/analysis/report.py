@@ -137,6 +137,10 @@ def notes(analysis: dict) -> list[str]:
     documents = "" if data[2] is None else f" in {data[2]:,} document{'s' * (data[2] != 1)}"
     tokens = "" if data[1] is None else f", {data[1]:,} tokens{documents}"
     result.append(f"Evaluated{who} on {data[0]}{tokens}; loss is in nats per token.")
+  vocabularies = {m["name"]: m.get("vocabulary") for m in models}
+  if len(set(vocabularies.values())) > 1:
+    named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())
+    result.append(f"Vocabularies differ ({named}): losses and perplexities are per token of each and do not compare.")
   seen = {m["name"]: m.get("trained_tokens") for m in models}
   if len(set(seen.values())) > 1:
     counts = ", ".join(f"{name} {_count(n)}" for name, n in seen.items())

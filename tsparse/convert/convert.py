@@ -1,10 +1,6 @@
 """From any M to a workdir of ours or to a Hugging Face directory, its activation swapped on the way if asked."""
 
 import dataclasses
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from tsparse.convert.huggingface import copy_tokenizer, write_directory
 from tsparse.convert.model import Model, open_model
 from tsparse.convert.upcycle import upcycle
 from tsparse.errors import UserError
+from tsparse.files import new_folder
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.train import checkpoint
 
@@ -86,23 +83,3 @@ def _write_huggingface(model: Model, params: Any, tokens_seen: int, folder: Path
 
 
 WRITERS = {"tsparse": _write_workdir, "hf": _write_huggingface}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-  """A scratch folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"--out={out} is in use: give a folder that does not exist yet.")
-  scratch = out.with_name(f".{out.name}.{os.getpid()}")
-  try:
-    scratch.mkdir(parents=True)
-  except OSError as error:
-    raise UserError(f"--out={out} cannot be written ({error.strerror}): give another folder.") from None
-  try:
-    yield scratch
-    if out.exists():
-      out.rmdir()
-    scratch.replace(out)
-  except BaseException:
-    shutil.rmtree(scratch, ignore_errors=True)
-    raise

@@ -148,11 +148,17 @@ class EvaluationSet:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, all of one shape.
     documents: how many documents they hold.
     tokens: how many targets, each token and EOS of a document once; BOS is never a target.
+    split: of the data they are; "all" for a file or folder that is not split.
+    complete: whether they are all of the split; if not, the limit of tokens was reached.
+    vocabulary: whose ids they are, as `load_vocabulary` takes it.
   """
 
   batches: list[dict[str, np.ndarray]]
   documents: int
   tokens: int
+  split: str
+  complete: bool
+  vocabulary: str
 
   @property
   def padding(self) -> float:
@@ -161,9 +167,9 @@ class EvaluationSet:
 
 
 def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) -> EvaluationSet:
-  """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold, at least one.
+  """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold.
 
-  Documents longer than T are cut into pieces of T; others are never cut. The same on every host.
+  If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. The same on every host.
 
   Raises:
     UserError: as `check_data`.
@@ -171,18 +177,21 @@ def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) 
   name, split = _validation(data)
   tasks.check_split(name, split)
   _check_disjoint(data)
-  chosen, tokens = [], 0
+  chosen, tokens, complete = [], 0, True
   for document in _Documents(name, split, data.vocabulary, seed=EVALUATION_SEED, epochs=1):
-    if chosen and tokens + len(document) > max_tokens:
+    complete = tokens + len(document) <= max_tokens
+    if not complete and chosen:
       break
-    chosen.append(document)
-    tokens += len(document)
+    chosen.append(document[:max_tokens])
+    tokens += len(chosen[-1])
+    if not complete:
+      break
   if not tokens:
     raise UserError(f"The validation data {name!r} has no text in split {split!r}; set data.validation to another.")
   packer = Packer(iter(chosen), seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=False)
   rows = list(_rows(packer))
   batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  return EvaluationSet(batches, len(chosen), tokens)
+  return EvaluationSet(batches, len(chosen), tokens, split, complete, data.vocabulary)
 
 
 def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:

@@ -1,0 +1,50 @@
+"""Analyses models: loss, zeros, dead neurons, masked perplexity and activated parameters, with a report.
+
+  python experiments/analyze.py --model=M [--model=M ...] --data=D --out=DIR
+
+M is a workdir of ours or a Hugging Face directory; several are put side by side. D is a .jsonl or .txt file or a folder
+of them, all of which is evaluated, or a seqio task or mixture, of which the validation split is.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+
+from tsparse import cli
+from tsparse.errors import UserError
+
+MODEL = flags.DEFINE_multi_string("model", [], "A workdir of ours or a Hugging Face directory; may be repeated.")
+DATA = flags.DEFINE_string("data", None, "The text to evaluate on.")
+OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
+LEVELS = flags.DEFINE_list("levels", "0,0.5,0.8,0.85,0.9", "Shares of the hidden that are masked, each in [0, 1).")
+TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
+)
+SEQ_LEN = flags.DEFINE_integer(
+  "seq_len", None, "Tokens of a row. Default: 512, or what the models are made for.", lower_bound=1
+)
+
+
+def main():
+  """Analyses the models of the flags."""
+  from tsparse.analysis.run import parse_levels, run  # JAX is imported only once the flags are known to be good
+
+  if not MODEL.value or not DATA.value or not OUT.value:
+    raise UserError("--model, --data and --out are needed: give the model, the text and the folder to write.")
+  run(
+    MODEL.value,
+    DATA.value,
+    Path(OUT.value),
+    levels=parse_levels(LEVELS.value),
+    tokens=TOKENS.value,
+    batch_size=BATCH_SIZE.value,
+    seq_len=SEQ_LEN.value,
+  )
+
+
+if __name__ == "__main__":
+  cli.script(main, __doc__)

@@ -1,0 +1,188 @@
+"""Analyses of stored models: `experiments/analyze.py` calls `run`, and an experiment ends with `analyze_cases`."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from tsparse import files, sharding, workdir
+from tsparse.analysis.analyze import DEFINITIONS, analyze
+from tsparse.analysis.report import print_table, write_report
+from tsparse.convert.model import Model, open_model
+from tsparse.data import EvaluationSet, evaluation_batches, load_vocabulary, same_vocabulary
+from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig, parameter_counts
+from tsparse.models.transformer import Transformer, abstract_parameters
+from tsparse.progress import ProgressLine
+from tsparse.train import checkpoint, memory
+
+SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A stored model to analyse.
+
+  Attributes:
+    name: what the report calls it.
+    stored: where its parameters are.
+    config: what to make of them; the activation may be another than the stored one.
+    data: batches to evaluate on, in its own vocabulary.
+    text: what the report says of that text.
+    levels: sparsities of the masked-perplexity curve.
+  """
+
+  name: str
+  stored: Model
+  config: ModelConfig
+  data: EvaluationSet
+  text: str
+  levels: Sequence[float]
+
+
+def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
+  """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
+  with ProgressLine(console, "analysis", 0, sum(1 + len(case.levels) for case in cases)) as bar:
+    models = [_analyze_case(case, mesh, bar) for case in cases]
+  return {"models": models, "definitions": DEFINITIONS}
+
+
+def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dict[str, Any]:
+  model = Transformer(case.config)
+  shapes, logical = abstract_parameters(model)
+  params, tokens = case.stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))
+  return analyze(
+    case.name,
+    model,
+    params,
+    case.data,
+    mesh,
+    source=str(case.stored.path),
+    text=case.text,
+    trained_tokens=tokens,
+    levels=case.levels,
+    progress=bar.advance,
+  )
+
+
+def run(
+  models: Sequence[str],
+  data: str,
+  out: Path,
+  *,
+  levels: Sequence[float],
+  tokens: int,
+  batch_size: int | None = None,
+  seq_len: int | None = None,
+  console: Console | None = None,
+) -> dict[str, Any]:
+  """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
+
+  Args:
+    models: each a workdir of ours or a Hugging Face directory; each is evaluated by its own vocabulary.
+    data: a D: all of a file or folder, the validation split of a seqio task or mixture.
+    out: must not exist, or be empty.
+    levels: sparsities of the masked-perplexity curve.
+    tokens: as many whole documents as hold so many tokens are evaluated.
+    batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
+    seq_len: tokens of a row; None for 512, or the least that a model is made for.
+    console: where progress and tables are printed.
+
+  Raises:
+    UserError: something of the above cannot be; nothing was written.
+  """
+  console = console or Console()
+  files.check_new(out)
+  names = unique_names(models)
+  stored = [open_model(Path(model)) for model in models]
+  limit = min(model.config.max_seq_len for model in stored)
+  seq_len = seq_len or min(SEQ_LEN, limit)
+  if seq_len > limit:
+    raise UserError(f"--seq_len={seq_len} is more than the {limit} tokens that the models are made for: lower it.")
+  devices = jax.device_count()
+  batch_size = batch_size or -(-BATCH_SIZE // devices) * devices
+  if batch_size % devices:
+    raise UserError(f"--batch_size={batch_size} does not divide over {devices} devices: use a multiple of {devices}.")
+  # Parameters are split over all devices where their length allows, else copied; rows are split either way.
+  axis = "data" if any(model.config.d_model % devices for model in stored) else "fsdp"
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
+  for model in stored:
+    _check_fits(model, mesh)
+  with console.status("reading the data"):
+    texts = _texts(stored, data, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
+
+  with files.new_folder(out) as folder, jax.set_mesh(mesh):
+    began = time.monotonic()
+    cases = [
+      Case(name, model, model.config, text, _described(data, text), levels)
+      for name, model, text in zip(names, stored, texts, strict=True)
+    ]
+    analysis = analyze_cases(cases, mesh, console)
+    facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
+    page = write_report(analysis, facts | workdir.environment(), folder)
+  print_table(analysis, console)
+  console.print(f"report  {out / page.name}", highlight=False, soft_wrap=True)
+  return analysis
+
+
+def parse_levels(texts: Sequence[str]) -> tuple[float, ...]:
+  """["0", "0.5"] -> (0.0, 0.5); UserError where one is no number in [0, 1)."""
+  try:
+    levels = tuple(map(float, texts))
+  except ValueError:
+    levels = (float("nan"),)
+  if not all(0 <= level < 1 for level in levels):
+    raise UserError(f"--levels={','.join(texts)}: a level is a share of zeros, a number with 0 <= level < 1.")
+  return levels
+
+
+def unique_names(models: Sequence[str]) -> list[str]:
+  """The names of the folders, with as many of the folders above as tell them apart; UserError for one given twice."""
+  parts = [Path(os.path.abspath(model)).parts for model in models]
+  for depth in range(1, max(map(len, parts)) + 1):
+    names = ["/".join(path[-depth:]) for path in parts]
+    if len(set(names)) == len(names):
+      return names
+  twice = next(model for model, path in zip(models, parts, strict=True) if parts.count(path) > 1)
+  raise UserError(f"--model={twice} is given twice: give each model once.")
+
+
+def _check_fits(model: Model, mesh: jax.sharding.Mesh):
+  needed = 4 * sum(parameter_counts(model.config).values()) / mesh.shape["fsdp"]
+  available = memory.device_bytes(jax.devices())
+  if needed > available:
+    raise UserError(
+      f"--model={model.path} does not fit: its parameters take {needed / 1e9:,.1f} GB of each device and there are "
+      f"{available / 1e9:,.1f} GB; use a machine with more memory or more devices."
+    )
+
+
+def _described(data: str, text: EvaluationSet) -> str:
+  parts = ([] if text.split == "all" else [text.split]) + ([] if text.complete else ["a part of it"])
+  return f"{data} ({', '.join(parts)})" if parts else data
+
+
+def _texts(stored: Sequence[Model], data: str, **settings) -> list[EvaluationSet]:
+  """The batches of each model, tokenized once for each vocabulary."""
+  known: list[tuple[Any, EvaluationSet]] = []
+  result = []
+  for model in stored:
+    vocabulary = load_vocabulary(model.vocabulary)
+    if vocabulary.vocab_size > model.config.vocab_size:
+      raise UserError(
+        f"The vocabulary {model.vocabulary!r} of {model.path} has {vocabulary.vocab_size} ids and the model embeds "
+        f"{model.config.vocab_size}: it is not this model's; put the model's own tokenizer there."
+      )
+    found = next((text for other, text in known if same_vocabulary(other, vocabulary)), None)
+    if found is None:
+      source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary)
+      found = evaluation_batches(source, **settings)
+      known.append((vocabulary, found))
+    result.append(found)
+  return result

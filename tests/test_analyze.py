@@ -138,8 +138,9 @@ def test_what_cannot_be_is_a_sentence_and_nothing_is_written(changes, sentence, 
   (tmp_path / "folder").mkdir()
   save_bytes_model(tmp_path / "narrow", vocab_size=97)
   arguments = {"models": ["{model}"], "data": str(small[1]), "out": "{tmp}/out"} | changes
-  if "memory" in arguments:
-    monkeypatch.setattr(analysis_run.memory, "device_bytes", lambda _, size=arguments.pop("memory"): size)
+  memory = arguments.pop("memory", None)
+  if memory:
+    monkeypatch.setattr(analysis_run.memory, "device_bytes", lambda _: memory)
   arguments["models"] = [m.format(tmp=tmp_path, model=small[0]) for m in arguments["models"]]
   arguments["data"] = arguments["data"].format(tmp=tmp_path)
   out = arguments.pop("out").format(tmp=tmp_path)

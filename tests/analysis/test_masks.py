@@ -6,10 +6,12 @@ import pytest
 from configs import default
 from tsparse import sharding
 from tsparse.analysis import masks
-from tsparse.analysis.analyze import analyze
+from tsparse.analysis.analyze import analyze, hidden_statistics
 from tsparse.data import EvaluationSet
 from tsparse.evaluate import perplexity
+from tsparse.evaluate.perplexity import Evaluation
 from tsparse.models.config import model_config
+from tsparse.models.counts import HiddenCounts
 from tsparse.models.transformer import Transformer, init_parameters
 
 
@@ -95,3 +97,22 @@ def test_a_sweep_of_levels_compiles_once():
     result = analyze("m", model, params, data, mesh, source="", text="", trained_tokens=0, levels=(0.0, 0.5, 0.8, 0.9))
   assert len({point["loss"] for point in result["curve"]}) == 4
   assert perplexity.compiled._cache_size() == before + 2
+
+
+def test_layers_of_several_ffns_are_reported_together():
+  rng = np.random.default_rng(0)
+
+  def counts_of(layers, experts, neurons):
+    fired = rng.integers(0, 10, (layers, experts, neurons)).astype(float)
+    return HiddenCounts(fired=fired, routed=np.full((layers, experts), 10.0))
+
+  by_kind = {"first": counts_of(1, 1, 6), "ffn": counts_of(2, 3, 4), "shared": counts_of(2, 1, 5)}
+  found = hidden_statistics(Evaluation(nll=1.0, tokens=10, counts=by_kind))
+  fired = {kind: c.fired.sum((1, 2)) for kind, c in by_kind.items()}
+  together = (fired["ffn"] + fired["shared"]) / (10 * (3 * 4 + 5))
+  np.testing.assert_allclose(found["zero_fraction"]["per_layer"], [1 - fired["first"][0] / 60, *(1 - together)])
+  assert [len(layer) for layer in found["zero_fraction"]["per_expert"]] == [1, 3, 3]
+  np.testing.assert_allclose(found["zero_fraction"]["shared_per_layer"], 1 - fired["shared"] / 50)
+  dead = [(by_kind["first"].fired == 0).sum()]
+  dead += [sum((by_kind[kind].fired[layer] == 0).sum() for kind in ("ffn", "shared")) for layer in (0, 1)]
+  assert found["dead_neurons"] == {"count": sum(dead), "total": 6 + 24 + 10, "per_layer": dead}

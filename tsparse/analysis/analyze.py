@@ -90,10 +90,12 @@ def hidden_statistics(natural: Evaluation) -> dict[str, Any]:
   by_kind = natural.counts
   in_order = [by_kind[kind] for kind in ("first", "ffn") if kind in by_kind]  # they make up the layers
   dead = np.concatenate([counts.dead_neurons(c).sum(axis=1) for c in in_order])  # [L]
+  with np.errstate(invalid="ignore"):  # NaN for an expert that no token reached
+    per_expert = [layer for c in in_order for layer in counts.zero_fraction(c).tolist()]
   zeros = {
     "mean": natural.zero_fraction,
     "per_layer": counts.zero_fraction_per_layer(by_kind).tolist(),
-    "per_expert": [layer for c in in_order for layer in counts.zero_fraction(c).tolist()],
+    "per_expert": per_expert,
   }
   if "shared" in by_kind:
     shared = by_kind["shared"]

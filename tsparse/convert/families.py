@@ -358,8 +358,9 @@ def inexpressible(family: Family, config: ModelConfig) -> list[str]:
   defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in FREE}
   fixed = {name: value for name, value in (defaults | dict(family.constants)).items() if name not in family.fields}
   wrong = {name for name, value in fixed.items() if values[name] != value}
-  written = {theirs: values[name] for name, theirs in family.fields.items()}
-  wrong |= {name for name, theirs in family.fields.items() if values[name] != written[theirs]}  # one for two of ours
+  for theirs in family.fields.values():  # some say two of ours, which must then be equal
+    said = [name for name, other in family.fields.items() if other == theirs]
+    wrong |= set(said) if len({values[name] for name in said}) > 1 else set()
   if "num_experts" in family.fields and not config.num_experts:
     wrong.add("num_experts")
   return [f"{name} = {value!r}" for name, value in values.items() if name in wrong]

@@ -61,6 +61,11 @@ class Directory:
     ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._stored, ignored)
 
+  @property
+  def names(self) -> set[str]:
+    """Of all tensors."""
+    return set(self._stored)
+
   def leaves(self) -> dict[str, Leaf]:
     """Our parameters, path -> Leaf.
 
@@ -75,7 +80,7 @@ class Directory:
         raise UserError(f"tensor {name} is stored as {dtype}; only float32, float16 and bfloat16 are supported.")
     self._check_tied()
     stored = {name: (self._stored[name].shape, DTYPES[self._stored[name].dtype]) for name in names}
-    return rules.to_ours(self._rules, self.config, stored, self._read)
+    return rules.to_ours(self._rules, self.config, stored, self.read)
 
   def _check_tied(self):
     embedding, head = next(rule.theirs for rule in self._rules if rule.ours == "embed"), HEAD.theirs
@@ -86,7 +91,7 @@ class Directory:
         "to keep both, or take the tensor away."
       )
 
-  def _read(self, name: str) -> np.ndarray:
+  def read(self, name: str) -> np.ndarray:
     """One tensor as stored; a warning says when it holds values that are not finite."""
     tensor = self._load(name)
     if not finite(tensor):

@@ -115,7 +115,7 @@ def to_theirs(
 
 
 def sizes(rule: Rule, config: ModelConfig, index: Index) -> Mapping[str, int]:
-  """Axis letter -> length, in the tensor of a rule at `index`. Ours is as long as the longest, the others end in zeros."""
+  """Axis letter -> length in the tensor of a rule at `index`. Ours is as long as the longest one."""
   del rule, index
   return config.sizes
 

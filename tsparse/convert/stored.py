@@ -172,10 +172,11 @@ def reason(error: Exception) -> str:
 
 
 def chunk_shape(leaf: Leaf) -> list[int]:
-  """Chunks hold one slice, or as many of its first rows as CHUNK_BYTES do."""
+  """Chunks hold one slice, or an equal part of its rows where that is more than CHUNK_BYTES."""
   inner = leaf.shape[leaf.depth :]
-  rows = max(1, CHUNK_BYTES // (math.prod(inner[1:]) * leaf.dtype.itemsize))
-  return [1] * leaf.depth + [min(size, rows) for size in inner[:1]] + list(inner[1:])
+  parts = -(-leaf.nbytes // math.prod(leaf.shape[: leaf.depth]) // CHUNK_BYTES)  # rounded up
+  # The last chunk is stored as long as the others, so they are cut to equal lengths.
+  return [1] * leaf.depth + [-(-size // min(parts, size)) for size in inner[:1]] + list(inner[1:])
 
 
 def _spec(info: ocp.type_handlers.ParamInfo) -> dict[str, Any]:

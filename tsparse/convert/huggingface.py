@@ -197,7 +197,7 @@ def write_directory(
     try:
       save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:
-      raise OSError(str(error)) from error
+      raise OSError(str(error).rpartition(": ")[2]) from error
     shards.append(list(held))
     held.clear()
 

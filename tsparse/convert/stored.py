@@ -163,7 +163,7 @@ def _written(future: Any) -> Any:
   try:
     return future.result()
   except ValueError as error:
-    raise OSError(reason(error)) from error
+    raise OSError(reason(error).rpartition(": ")[2]) from error  # what is said before it names a file of ours
 
 
 def reason(error: Exception) -> str:

@@ -42,6 +42,7 @@ def make(folder: Path, preset: str):
   from tsparse import files
   from tsparse.convert import huggingface, rules
   from tsparse.convert.families import export_format
+  from tsparse.convert.leaf import Leaf
   from tsparse.models.config import PRESETS
 
   if preset not in PRESETS:
@@ -58,9 +59,11 @@ def make(folder: Path, preset: str):
   # conversion.
   pool = np.random.default_rng(0).standard_normal(max(counts.values()) + 2 * len(counts), np.float32)
   pool = (pool * 0.02).astype(jnp.bfloat16)
-  tensors = (
-    (name, pool[2 * i : 2 * i + counts[name]].reshape(shape)) for i, (name, shape) in enumerate(shapes.items())
-  )
+
+  def window(i: int, name: str) -> Leaf:
+    return Leaf(shapes[name], pool.dtype, 0, lambda _: pool[2 * i : 2 * i + counts[name]].reshape(shapes[name]))
+
+  tensors = {name: window(i, name) for i, name in enumerate(shapes)}
   (folder / "theirs").mkdir()
   huggingface.write_directory(folder / "theirs", fields, tensors, modeling)
   stacked = [sum(2 * counts[name] for _, name in rules.sources(rule, config)) for rule in mapping]

@@ -12,6 +12,7 @@ GATE, UP = np.random.default_rng(0).normal(size=(2, 50, 40)).astype(np.float32)
 NUMPY = {
   "swiglu": lambda g, u: g * scipy.special.expit(g) * u,
   "geglu": lambda g, u: g * 0.5 * (1 + scipy.special.erf(g / np.sqrt(2))) * u,
+  "geglu_tanh": lambda g, u: g * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * u,
   "relu": lambda g, u: np.maximum(g, 0) * u,
   "relu2": lambda g, u: np.maximum(g, 0) ** 2 * u,
   "drelu": lambda g, u: np.maximum(g, 0) * np.maximum(u, 0),

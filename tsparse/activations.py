@@ -6,6 +6,7 @@ that `hidden` holds exact zeros: the row of `down` (and with gate-first decoding
     activation            hidden                          exact zeros where
     swiglu                silu(gate) * up                 (none)
     geglu                 gelu(gate) * up                 (none)
+    geglu_tanh            gelu_tanh(gate) * up            (none)
     relu                  max(0, gate) * up               gate <= 0
     relu2                 max(0, gate)^2 * up             gate <= 0
     shifted_relu:B        max(0, gate - B) * up           gate <= B
@@ -36,6 +37,11 @@ def swiglu(gate: Array, up: Array) -> Array:
 def geglu(gate: Array, up: Array) -> Array:
   """gelu(gate) * up, with the exact (erf) GELU. Shazeer 2020 (arXiv 2002.05202)."""
   return jax.nn.gelu(gate, approximate=False) * up
+
+
+def geglu_tanh(gate: Array, up: Array) -> Array:
+  """gelu_tanh(gate) * up, gelu_tanh(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (arXiv 1606.08415): Gemma."""
+  return jax.nn.gelu(gate, approximate=True) * up
 
 
 def relu(gate: Array, up: Array) -> Array:
@@ -90,6 +96,7 @@ class Activation:
 ACTIVATIONS = {
   "swiglu": (swiglu, ""),
   "geglu": (geglu, ""),
+  "geglu_tanh": (geglu_tanh, ""),
   "relu": (relu, "gate <= 0"),
   "relu2": (relu2, "gate <= 0"),
   "drelu": (drelu, "gate <= 0 or up <= 0"),

@@ -73,7 +73,9 @@ def check(config: ml_collections.ConfigDict):
       f"config.train.batch_size is {settings.batch_size}; it must be a multiple of config.train.microbatches, "
       f"{settings.microbatches}."
     )
-  sharding.check_divisible(mesh, {"B": rows, **model.sizes})
+  widths = (model.d_ff, model.num_shared_experts * model.shared_d_ff, model.dense_layers and model.dense_d_ff)
+  for width in filter(None, widths):
+    sharding.check_divisible(mesh, {"B": rows, **model.sizes, "F": width})
   sharding.check_divisible(mesh, {"B": config.analysis.batch_size})
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")

@@ -70,7 +70,7 @@ def test_analysis_equals_a_direct_computation(experts):
   real = batch["segment_ids"] > 0
   assert result["tokens"] == 2 * real.sum() and result["loss"] == pytest.approx(nll[real].mean(), rel=1e-5)
   assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
-  fired, routed = np.asarray(counts.fired), np.asarray(counts.routed)
+  fired, routed = np.asarray(counts["ffn"].fired), np.asarray(counts["ffn"].routed)
   zeros = result["zero_fraction"]
   assert zeros["mean"] == pytest.approx(1 - fired.sum() / (routed.sum() * 64), rel=1e-5)
   np.testing.assert_allclose(zeros["per_expert"], 1 - fired.sum(-1) / (routed * 64), rtol=1e-5)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -15,9 +14,10 @@ from rich.console import Console
 from configs import stories_relufy
 from tsparse import experiment
 from tsparse.convert.convert import convert
+from tsparse.convert.families import export_format, read_config
 from tsparse.convert.model import open_model
 from tsparse.errors import UserError
-from tsparse.models.config import ModelConfig
+from tsparse.models.config import PRESETS, ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.sharding import MESH_AXES, make_mesh, shardings
 from tsparse.train.checkpoint import abstract
@@ -32,17 +32,64 @@ SIZES = {
   "max_position_embeddings": 64,
   "initializer_range": 0.2,  # far from a trivial softmax
 }
+ROPE = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}  # 40 tokens go beyond the original
 CASES = {
   "llama": ("Llama", {}),
   "llama_tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 500.0}),
   "llama_head_dim": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+  "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}}),
+  "llama_3.1": (
+    "Llama",
+    {"rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0}},
+  ),
+  "llama_yarn": ("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
+  "llama_yarn_numbers": (
+    "Llama",
+    {
+      "rope_parameters": ROPE
+      | {
+        "rope_type": "yarn",
+        "beta_fast": 3.0,
+        "beta_slow": 0.5,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+      }
+    },
+  ),
   "relullama": ("Llama", {"hidden_act": "relu"}),
   "mistral": ("Mistral", {"sliding_window": 7}),
   "mistral_full": ("Mistral", {"sliding_window": None}),
   "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
   "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
   "olmoe_renormalized": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+  "gemma2": (
+    "Gemma2",
+    {
+      "num_hidden_layers": 3,
+      "head_dim": 16,
+      "sliding_window": 7,
+      "query_pre_attn_scalar": 10,
+      "attn_logit_softcapping": 1.5,
+      "final_logit_softcapping": 2.0,
+    },
+  ),
+  "gemma2_uncapped": (
+    "Gemma2",
+    {
+      "head_dim": 16,
+      "sliding_window": 3,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+      "tie_word_embeddings": False,
+      "rope_parameters": ROPE | {"rope_type": "yarn"},
+    },
+  ),
   "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+  "qwen2_moe": (
+    "Qwen2Moe",
+    {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
+  ),
 }
 
 
@@ -53,7 +100,11 @@ def save_huggingface(folder: Path, family: str, fields: dict, dtype="float32"):
 
   torch.manual_seed(0)
   config = getattr(transformers, f"{family}Config")(**SIZES | fields, attn_implementation="eager")
-  model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(getattr(torch, dtype))
+  model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+  for parameter in model.parameters():
+    if parameter.ndim == 1:  # norms and biases, all ones and zeros so far
+      parameter.data += 0.2 * torch.randn_like(parameter)
+  model.to(getattr(torch, dtype))
   model.save_pretrained(folder)
   return model
 
@@ -64,11 +115,13 @@ def parameters(model):
   return model.restore(abstract(shapes, shardings(mesh, logical)))[0]
 
 
-def our_logits(path, tokens, config: ModelConfig | None = None):
+def our_logits(path, tokens, config: ModelConfig | None = None, segment_ids=None, positions=None):
   model = open_model(path)
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  if positions is None:
+    segment_ids = np.ones_like(tokens)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
   apply = jax.jit(Transformer(config or model.config).apply)
-  return apply({"params": parameters(model)}, tokens, jnp.ones_like(tokens), positions)[0]
+  return apply({"params": parameters(model)}, tokens, segment_ids, positions)[0]
 
 
 def their_logits(model, tokens):
@@ -99,6 +152,14 @@ def test_logits_equal_and_the_round_trip_is_exact(case, tmp_path):
     for path in (theirs, ours):
       np.testing.assert_allclose(our_logits(path, tokens), expected, atol=1e-4, rtol=0)
 
+  # two documents of each row packed into one, and padding behind them: each as transformers computes it alone
+  segment_ids = np.repeat([[1, 2, 0]], (17, 18, 5), axis=1).repeat(2, axis=0)
+  positions = np.concatenate([np.arange(17), np.arange(18), np.zeros(5, int)])[None].repeat(2, axis=0)
+  packed = our_logits(ours, tokens, segment_ids=segment_ids, positions=positions)
+  for document in (slice(0, 17), slice(17, 35)):
+    alone = their_logits(reference, tokens[:, document])
+    np.testing.assert_allclose(packed[:, document], alone, atol=1e-4, rtol=0)
+
   convert(ours, back, "hf")
   before, after = tensors(theirs), tensors(back)
   assert before.keys() == after.keys()
@@ -110,6 +171,15 @@ def test_logits_equal_and_the_round_trip_is_exact(case, tmp_path):
   np.testing.assert_allclose(their_logits(again, tokens), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["llama_3.1", "llama_yarn"])
+def test_logits_stay_equal_far_beyond_the_original_length(case, tmp_path):
+  family, fields = CASES[case]
+  rope = fields["rope_parameters"] | {"rope_theta": 1e4, "original_max_position_embeddings": 128}
+  reference = save_huggingface(tmp_path, family, {"rope_parameters": rope, "max_position_embeddings": 1024})
+  tokens = np.random.default_rng(0).integers(0, 97, (1, 1000))
+  np.testing.assert_allclose(our_logits(tmp_path, tokens), their_logits(reference, tokens), atol=1e-4, rtol=0)
+
+
 def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
   save_huggingface(tmp_path / "theirs", *CASES["mistral"], dtype="bfloat16")
   convert(tmp_path / "theirs", tmp_path / "ours", "tsparse")
@@ -118,7 +188,9 @@ def test_bfloat16_weights_survive_bit_for_bit(tmp_path):
   assert all(before[name].tobytes() == after[name].tobytes() for name in before) and before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "mistral", "qwen2", "mixtral", "olmoe"])
+@pytest.mark.parametrize(
+  "case", ["llama_tied", "llama_yarn", "mistral", "qwen2", "gemma2", "mixtral", "olmoe", "qwen2_moe"]
+)
 @pytest.mark.parametrize("activation", ["drelu", "fatrelu:0.01"])
 def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activation, tmp_path):
   import transformers
@@ -153,12 +225,73 @@ def test_an_upcycled_model_has_the_logits_of_the_dense_one(source, tmp_path):
   assert not (tmp_path / "again").exists()
 
 
-def test_bamboo_is_a_mistral_with_drelu(tmp_path):
-  save_huggingface(tmp_path / "m", *CASES["mistral"])
-  fields = json.loads((tmp_path / "m" / "config.json").read_text())
-  fields |= {"model_type": "bamboo", "architectures": ["BambooForCausalLM"], "hidden_act": "relu"}
-  (tmp_path / "m" / "config.json").write_text(json.dumps(fields))
-  assert open_model(tmp_path / "m").config.activation == "drelu"
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("gemma")
+  save_huggingface(folder, *CASES["gemma2"])
+  return folder
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"norm_offset": 0.0},
+    {"post_norms": False},
+    {"scale_embeddings": False},
+    {"attention_softcap": 0.0},
+    {"final_softcap": 0.0},
+    {"query_scalar": 0},
+    {"full_attention_every": 0},
+    {"full_attention_every": 3},
+    {"sliding_window": 8},
+  ],
+  ids=str,
+)
+def test_every_field_of_gemma_is_in_its_maths(change, gemma):
+  config = open_model(gemma).config
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 20))
+  changed = our_logits(gemma, tokens, dataclasses.replace(config, **change))
+  assert np.abs(changed - our_logits(gemma, tokens)).max() > 1e-2
+
+
+def test_a_published_gemma_config_is_read_with_its_defaults_and_its_surplus():
+  published = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 256_000, "hidden_size": 3584,
+    "intermediate_size": 14_336, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid",
+  }  # fmt: skip
+  config = read_config(published, {})[1]
+  assert (config.head_dim, config.query_scalar, config.sliding_window, config.tie_embeddings) == (256, 256, 4096, True)
+  assert (config.attention_softcap, config.final_softcap, config.activation) == (50, 30, "geglu_tanh")
+  assert config.windows == (4096, 0) * 21
+  assert read_config(published | {"final_logit_softcapping": None}, {})[1].final_softcap == 0
+  assert isinstance(read_config(published | {"final_logit_softcapping": 30}, {})[1].final_softcap, float)
+  alternating = ["sliding_attention", "full_attention"] * 21
+  assert read_config(published | {"layer_types": alternating}, {})[1] == config
+  for surplus, sentence in (
+    ({"layer_types": alternating[::-1]}, "layer_types = .'full_attention', 'sliding"),
+    ({"layer_types": ["full_attention"] * 42}, "layer_types = .'full_attention', 'full"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+    ({"attention_bias": True}, "attention_bias = True is not supported"),
+    ({"hidden_activation": "tanh"}, "hidden_activation 'tanh' is not supported"),
+    ({"query_pre_attn_norm": True}, "query_pre_attn_norm = True is not supported"),
+    ({"sliding_window": None}, "there is no sliding_window"),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      read_config(published | surplus, {})
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    ({"final_softcap": 30.0}, "llama is nearest and cannot have final_softcap = 30.0"),
+    ({"norm_offset": 1.0, "query_scalar": 3}, "cannot have query_scalar = 3, norm_offset = 1.0"),
+    ({"post_norms": True}, "llama is nearest and cannot have post_norms = True"),
+  ],
+)
+def test_a_model_that_no_class_of_transformers_has_is_not_exported(change, sentence):
+  with pytest.raises(UserError, match=sentence):
+    export_format(dataclasses.replace(PRESETS["tiny"], **change), "float32")
 
 
 def test_a_sharded_checkpoint_reads_like_a_whole_one(tmp_path):
@@ -210,10 +343,6 @@ def pickle_only(folder, _):
     (lambda folder, fields: fields.update(hidden_act="tanh"), "hidden_act 'tanh'"),
     (lambda folder, fields: fields.update(attention_bias=True), "attention_bias = True"),
     (lambda folder, fields: fields.update(qk_norm=True), "qk_norm = True"),
-    (
-      lambda folder, fields: fields.update(rope_scaling={"type": "linear", "factor": 2}),
-      "rope_scaling = .*linear.* is not supported",
-    ),
     (lambda folder, fields: fields.update(intermediate_size=50), r"shape \(48, 32\) and config.json makes it"),
     (lambda folder, fields: fields.update(num_hidden_layers=3), "it lacks model.layers.2"),
     (lambda folder, fields: fields.update(num_hidden_layers=1), "nothing takes model.layers.1"),
@@ -227,6 +356,63 @@ def test_a_damaged_or_unsupported_checkpoint_is_one_sentence_and_no_output(chang
   with pytest.raises(UserError, match=sentence):
     convert(folder, tmp_path / "out", "tsparse")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32}
+LLAMA3_TEXT = "llama3:factor=8,low_freq_factor=1,high_freq_factor=4,original_max_position_embeddings=32"
+
+
+@pytest.mark.parametrize(
+  ("rope", "theta", "scaling"),
+  [
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, "linear:factor=2"),
+    ({"rope_scaling": {"type": "default"}, "rope_theta": 500}, 500, ""),
+    ({"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e5}, 5e5, LLAMA3_TEXT),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3, "rope_theta": 7}, 5e5, LLAMA3_TEXT),
+    ({"rope_parameters": None, "rope_scaling": None, "rope_theta": 300.5}, 300.5, ""),
+    # left out, the original length is max_position_embeddings; nulls are left out
+    (
+      {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 1.5, "mscale": None, "truncate": False}},
+      1e4,
+      "yarn:factor=1.5,truncate=0,original_max_position_embeddings=64",
+    ),
+  ],
+)
+def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, theta, scaling, source):
+  import transformers
+
+  fields = json.loads((source / "config.json").read_text())
+  del fields["rope_parameters"]
+  config = read_config(fields | rope)[1]
+  assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+  read = transformers.LlamaConfig(**json.loads(json.dumps(fields | rope))).rope_parameters
+  written = transformers.LlamaConfig(**export_format(config, "float32")[0]).rope_parameters
+  assert {k: v for k, v in read.items() if v is not None and k != "type"} == written
+
+
+@pytest.mark.parametrize(
+  ("rope", "sentence"),
+  [
+    ({"type": "dynamic", "factor": 2}, "rope_scaling = .*dynamic.* only default, linear, llama3, yarn are"),
+    ({"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}, "rope_scaling = .*longrope"),
+    ({"rope_type": ["linear"], "factor": 2}, r"rope_scaling = .*\['linear'\]"),
+    ({"rope_type": "linear", "type": "yarn", "factor": 2}, "rope_scaling = .*'type=yarn'|.*'type': 'yarn'"),
+    ({"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}, "'partial_rotary_factor=0.5' should be"),
+    ({"rope_type": "linear", "factor": "2"}, "{'factor': '2'} should be numbers"),
+    ({"rope_type": "linear"}, "rope_scaling = .*linear.* is not supported"),
+    ({"rope_type": "default", "factor": 2}, "plain rotary positions take no factor"),
+    ({"full_attention": {"rope_type": "default"}}, "plain rotary positions take no full_attention"),
+    ({"rope_theta": None}, "rope_theta None is not a number"),
+    ("linear", "rope_scaling = linear is not supported"),
+  ],
+)
+def test_other_rotary_positions_are_refused_by_name_and_value(rope, sentence, source):
+  fields = json.loads((source / "config.json").read_text())
+  with pytest.raises(UserError, match="only one of them can hold"):
+    read_config(fields | {"rope_scaling": rope})
+  del fields["rope_parameters"]
+  with pytest.raises(UserError, match=sentence):
+    read_config(fields | {"rope_scaling": rope})
 
 
 def test_weights_that_are_not_finite_are_named(source, tmp_path, caplog):

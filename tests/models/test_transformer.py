@@ -7,13 +7,28 @@ import numpy as np
 import pytest
 
 from tsparse.activations import activation
+from tsparse.analysis.masks import TopK
+from tsparse.models import counts, layers
 from tsparse.models.config import PRESETS
 from tsparse.models.moe import moe_dense, route
+from tsparse.models.predictor import predict
 from tsparse.models.transformer import REMAT, Transformer, init_parameters
 from tsparse.sharding import path_name
 
 TINY = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_model=64, d_ff=96, head_dim=16, activation="drelu")
+GEMMA = dataclasses.replace(
+  TINY,
+  num_layers=3,
+  sliding_window=4,
+  full_attention_every=3,
+  norm_offset=1.0,
+  post_norms=True,
+  scale_embeddings=True,
+  attention_softcap=5.0,
+  final_softcap=3.0,
+)
 MOE = dataclasses.replace(TINY, num_experts=4, experts_per_token=2)
+DEEPSEEK = dataclasses.replace(MOE, num_shared_experts=2, shared_d_ff=24, dense_layers=1, dense_d_ff=160)
 
 
 def row(*lengths, total):
@@ -50,10 +65,11 @@ def test_parameter_names_are_those_of_the_documentation():
   assert dense["layers/ffn/gate"] == dense["layers/ffn/up"] == (2, 64, 96) and dense["layers/ffn/down"] == (2, 96, 64)
   assert dense["layers/attention/key"] == (2, 64, 2, 16) and dense["head"] == (64, 264)
   assert shapes(MOE)["layers/ffn/gate"] == (2, 4, 64, 96) and shapes(MOE)["layers/ffn/router"] == (2, 64, 4)
+  assert shapes(GEMMA)["layers/attention_post_norm"] == shapes(GEMMA)["layers/ffn_post_norm"] == (3, 64)
   assert "head" not in shapes(dataclasses.replace(TINY, tie_embeddings=True))
 
 
-@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("config", [TINY, MOE, GEMMA], ids=["dense", "moe", "gemma"])
 def test_packed_documents_do_not_see_each_other(config):
   params = params_of(config)
   tokens = tokens_of(24)
@@ -69,38 +85,57 @@ def test_padding_is_not_counted():
   tokens = tokens_of(16)
   _, whole = apply(TINY, params, tokens, *row(9, total=16))
   _, alone = apply(TINY, params, tokens[:, :9], *row(9, total=9))
-  np.testing.assert_array_equal(whole.fired, alone.fired)
-  np.testing.assert_array_equal(whole.routed, alone.routed)
+  jax.tree.map(np.testing.assert_array_equal, whole, alone)
 
 
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
 def test_drelu_at_random_parameters_zeroes_three_quarters(config):
-  _, counts = apply(config, params_of(config), tokens_of(256), *row(256, total=256))
-  zeros = 1 - counts.fired.sum((1, 2)) / (counts.routed.sum(1) * config.d_ff)
+  ffn = apply(config, params_of(config), tokens_of(256), *row(256, total=256))[1]["ffn"]
+  zeros = 1 - ffn.fired.sum((1, 2)) / (ffn.routed.sum(1) * config.d_ff)
   np.testing.assert_allclose(zeros, 0.75, atol=0.04)
-  assert counts.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
+  assert ffn.routed.sum() == 256 * config.num_layers * max(1, config.experts_per_token)
 
 
+@pytest.mark.parametrize("base", [TINY, GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("remat", REMAT)
-def test_recomputation_changes_no_gradient(remat):
-  params, tokens, where = params_of(TINY), tokens_of(16), row(16, total=16)
+def test_recomputation_changes_no_gradient(remat, base):
+  params, tokens, where = params_of(base), tokens_of(16), row(16, total=16)
 
   def gradient(config):
     return jax.jit(jax.grad(lambda p: apply(config, p, tokens, *where)[0].var()))(params)
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-    gradient(dataclasses.replace(TINY, remat=remat)),
-    gradient(TINY),
+    gradient(dataclasses.replace(base, remat=remat)),
+    gradient(base),
   )
 
 
-def test_bfloat16_compute_is_near_float32():
-  params, tokens, where = params_of(TINY), tokens_of(32), row(32, total=32)
-  exact, _ = apply(TINY, params, tokens, *where)
-  rounded, _ = apply(dataclasses.replace(TINY, dtype="bfloat16"), params, tokens, *where)
+@pytest.mark.parametrize("config", [TINY, GEMMA], ids=["llama", "gemma"])
+def test_bfloat16_compute_is_near_float32(config):
+  params, tokens, where = params_of(config), tokens_of(32), row(32, total=32)
+  exact, _ = apply(config, params, tokens, *where)
+  rounded, _ = apply(dataclasses.replace(config, dtype="bfloat16"), params, tokens, *where)
   assert rounded.dtype == jnp.float32
   assert float(jnp.abs(rounded - exact).max()) < 0.1 * float(exact.std())
+
+
+def test_a_norm_with_an_offset_multiplies_before_the_cast_and_one_without_after():
+  x, scale = (jax.random.normal(jax.random.key(i), (7, 64)) for i in (0, 1))
+  x, scale = np.asarray(x.astype(jnp.bfloat16)), np.asarray(scale[0])
+  x32 = x.astype(np.float32)
+  normed = x32 / np.sqrt((x32**2).mean(-1, keepdims=True) + 1e-3)
+  product = (normed * (1 + scale)).astype(x.dtype)
+  np.testing.assert_array_equal(layers.rms_norm(x, scale, 1e-3, offset=1.0), product)
+  rounded = normed.astype(x.dtype) * scale.astype(x.dtype)
+  np.testing.assert_array_equal(layers.rms_norm(x, scale, 1e-3), rounded)
+  assert (normed.astype(x.dtype) * (1 + scale).astype(x.dtype) != product).any()  # the order is seen
+
+
+def test_a_softcap_bends_large_values_to_the_cap():
+  x = np.array([-1e4, -2.0, 0.0, 1e-3, 5.0], np.float32)
+  np.testing.assert_allclose(layers.softcap(x, 3.0), 3 * np.tanh(x / 3), rtol=1e-6)
+  np.testing.assert_array_equal(layers.softcap(x, 0.0), x)
 
 
 def test_router_weights_are_a_softmax_over_the_chosen():
@@ -126,7 +161,7 @@ def test_moe_equals_a_loop_over_tokens():
   )
   down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
   valid = np.arange(6)[None] < 5
-  out, counts = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
+  out, ffn = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
   weights = np.asarray(route(x, router, 2)[0])
   fired = np.zeros((4, 10))
   for t in range(6):
@@ -136,5 +171,42 @@ def test_moe_equals_a_loop_over_tokens():
       fired[e] += (hidden != 0) * valid[0, t]
       expected += weights[0, t, e] * (hidden @ down[e])
     np.testing.assert_allclose(out[0, t], expected, rtol=1e-4, atol=1e-4)
-  np.testing.assert_array_equal(counts.fired, fired)
-  np.testing.assert_array_equal(counts.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))
+  np.testing.assert_array_equal(ffn.fired, fired)
+  np.testing.assert_array_equal(ffn.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))
+
+
+def test_the_zeros_of_a_model_weigh_the_entries_of_all_its_ffns():
+  tokens = tokens_of(64)
+  _, by_kind = apply(DEEPSEEK, params_of(DEEPSEEK), tokens, *row(50, total=64))
+  assert {kind: c.fired.shape for kind, c in by_kind.items()} == {
+    "first": (1, 1, 160), "ffn": (1, 4, 96), "shared": (1, 1, 48)
+  }  # fmt: skip
+  fired = {kind: float(c.fired.sum()) for kind, c in by_kind.items()}
+  first, others = fired["first"] / (50 * 160), (fired["ffn"] + fired["shared"]) / (50 * (2 * 96 + 48))
+  np.testing.assert_allclose(counts.zero_fraction_per_layer(by_kind), [1 - first, 1 - others], rtol=1e-5)
+  mean = 1 - sum(fired.values()) / (50 * (160 + 2 * 96 + 48))
+  assert float(counts.model_zero_fraction(by_kind)) == pytest.approx(mean, rel=1e-5)
+
+
+def test_an_intervention_reaches_each_layer_by_its_own_level():
+  """The last of its layers masked whole: only the dense first layer is left."""
+  params, tokens, where = params_of(DEEPSEEK), tokens_of(16), row(16, total=16)
+  masked = Transformer(DEEPSEEK).apply({"params": params}, tokens, *where, TopK(jnp.array([0.0, 1.0])))[1]
+  plain = apply(DEEPSEEK, params, tokens, *where)[1]
+  jax.tree.map(np.testing.assert_array_equal, masked["first"], plain["first"])
+  assert masked["ffn"].fired.sum() == masked["shared"].fired.sum() == 0 < plain["ffn"].fired.sum()
+
+
+def test_the_gradient_of_a_predictor_is_straight_through():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, fc1, fc2 = (jax.random.normal(key, shape) for key, shape in zip(keys, [(1, 5, 8), (8, 3), (3, 10)], strict=True))
+  mask = predict(x, fc1, fc2)
+  soft = jax.nn.sigmoid(jax.nn.relu(x @ fc1) @ fc2)
+  np.testing.assert_array_equal(mask, soft > 0.5)
+  np.testing.assert_allclose(
+    jax.grad(lambda w: (predict(x, fc1, w) ** 2).sum())(fc2),
+    jax.grad(lambda w: (2 * mask * jax.nn.sigmoid(jax.nn.relu(x @ fc1) @ w)).sum())(fc2),
+    rtol=1e-5,
+  )
+  per_expert = predict(x, jnp.stack([fc1, -fc1]), jnp.stack([fc2, fc2]))
+  np.testing.assert_array_equal(per_expert[:, :, 0], mask)

@@ -77,6 +77,14 @@ def test_losses_of_a_moe_do_not_depend_on_the_expert_axis():
   np.testing.assert_allclose(losses(config, 8, steps=5, expert=4, fsdp=2), losses(config, steps=5), rtol=1e-5)
 
 
+def test_losses_of_a_gemma_do_not_depend_on_the_mesh():
+  config = small()
+  config.model.update({"sliding_window": 5, "full_attention_every": 2, "norm_offset": 1.0, "post_norms": True})
+  config.model.update({"scale_embeddings": True, "attention_softcap": 5.0, "final_softcap": 10.0})
+  sharded = losses(config, 8, steps=5, data=2, fsdp=2, tensor=2)
+  np.testing.assert_allclose(sharded, losses(config, steps=5), rtol=1e-5)
+
+
 def test_microbatches_add_up_to_the_whole_batch():
   np.testing.assert_allclose(losses(small(microbatches=4)), losses_on_one_device(), rtol=1e-5)
   sharded = losses(small(microbatches=2), devices=4, data=2, fsdp=2)

@@ -74,24 +74,33 @@ def analyze(
     "curve": curve,
     "parameters": {
       "total": sum(parameter_counts(model.config).values()),
-      "activated": activated_parameters(model.config, natural.zero_fraction),
+      "activated": activated_parameters(
+        model.config, {kind: float(counts.mean_zero_fraction(c)) for kind, c in natural.counts.items()}
+      ),
       "definition": ACTIVATED_DEFINITION,
     },
   }
 
 
 def hidden_statistics(natural: Evaluation) -> dict[str, Any]:
-  """Zero fractions and dead neurons, whole, by layer and by expert."""
-  dead = counts.dead_neurons(natural.counts)  # [L, E]
+  """Zero fractions and dead neurons, whole, by layer and by expert; a dense layer has one expert."""
+  by_kind = natural.counts
+  in_order = [by_kind[kind] for kind in ("first", "ffn") if kind in by_kind]  # they make up the layers
+  dead = np.concatenate([counts.dead_neurons(c).sum(axis=1) for c in in_order])  # [L]
+  zeros = {
+    "mean": natural.zero_fraction,
+    "per_layer": counts.zero_fraction_per_layer(by_kind).tolist(),
+    "per_expert": [layer for c in in_order for layer in counts.zero_fraction(c).tolist()],
+  }
+  if "shared" in by_kind:
+    shared = by_kind["shared"]
+    dead[-len(shared.fired) :] += counts.dead_neurons(shared)[:, 0]
+    zeros["shared_per_layer"] = counts.zero_fraction(shared)[:, 0].tolist()  # of the layers that have experts
   return {
-    "zero_fraction": {
-      "mean": natural.zero_fraction,
-      "per_layer": counts.mean_zero_fraction(natural.counts, axis=1).tolist(),
-      "per_expert": counts.zero_fraction(natural.counts).tolist(),
-    },
+    "zero_fraction": zeros,
     "dead_neurons": {
       "count": int(dead.sum()),
-      "total": int(np.prod(natural.fired.shape)),
-      "per_layer": dead.sum(axis=1).tolist(),
+      "total": sum(int(np.prod(c.fired.shape)) for c in by_kind.values()),
+      "per_layer": dead.tolist(),
     },
   }

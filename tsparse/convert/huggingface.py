@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,12 @@ TOKENIZER_FILES = (
   "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
   "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-SHARD_BYTES = 1024**3  # held in memory
+SHARD_BYTES = 5 * 10**9  # as transformers writes them
 
 
 # dtype of safetensors -> ours; float16 has no place in our models, and float32 holds it exactly
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # dtype -> (all bits but the sign, the exponent's, which are all set in numbers that are not finite)
 BITS = {"float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80), "float32": (0x7FFF_FFFF, 0x7F80_0000)}
 
@@ -55,9 +56,10 @@ class Directory:
       fields = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
       raise UserError(f"{folder}/config.json cannot be read ({error}): give a Hugging Face directory.") from None
-    self._rules, self.config = read_config(fields)
-    self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
     self._stored = _tensors(folder)
+    shapes = {name: tensor.shape for name, tensor in self._stored.items()}
+    self._rules, self.config = read_config(fields, shapes)
+    self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
     ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._stored, ignored)
 
@@ -172,49 +174,52 @@ def copy_tokenizer(vocabulary: str, target: Path):
     files.write(target / "generation_config.json", files.to_json(ends))
 
 
-def write_directory(
-  folder: Path, fields: dict[str, Any], tensors: Iterable[tuple[str, np.ndarray]], modeling: dict[str, str]
-):
+def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, Leaf], modeling: dict[str, str]):
   """Writes a Hugging Face directory; config.json comes last, so that half a directory is never taken for a whole.
 
   Args:
     folder: exists and holds no model.
     fields: of config.json.
-    tensors: (name, array) pairs, contiguous, of which one shard at a time is held.
+    tensors: name -> Leaf of depth 0; one is in memory at a time.
     modeling: name -> text of Python files that go with it.
 
   Raises:
     OSError: the disk is full, or fails otherwise.
   """
-  from safetensors import SafetensorError
-  from safetensors.numpy import save_file
-
-  shards: list[list[str]] = []
-  held: dict[str, np.ndarray] = {}
-  total = 0
-
-  def flush():
-    try:
-      save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-      raise OSError(str(error).rpartition(": ")[2]) from error
-    shards.append(list(held))
-    held.clear()
-
-  for name, tensor in tensors:
-    if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > SHARD_BYTES:
-      flush()
-    held[name] = tensor
-    total += tensor.nbytes
-  flush()
+  shards: list[dict[str, Leaf]] = [{}]
+  for name, tensor in tensors.items():
+    if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+      shards.append({})
+    shards[-1][name] = tensor
   weight_map = {}
-  for i, names in enumerate(shards):
-    final = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    (folder / f"shard-{i}.safetensors").replace(folder / final)
-    weight_map.update(dict.fromkeys(names, final))
+  for i, shard in enumerate(shards):
+    file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    write_safetensors(folder / file, shard)
+    weight_map.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
     files.write(folder / "model.safetensors.index.json", files.to_json(index))
   for name, text in modeling.items():
     files.write(folder / name, text)
   files.write(folder / "config.json", files.to_json(fields))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Leaf]):
+  """Writes a safetensors file tensor by tensor; the library wants them all in memory.
+
+  The format: the length of the header in 8 bytes, little-endian; the header, JSON that says of each tensor its dtype,
+  shape and place in the rest; the rest, without gaps. As the library does, wider dtypes come first and spaces end the
+  header, so that every tensor is aligned.
+  """
+  ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: else in the order given
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, tensor in ordered:
+    start, end = end, end + tensor.nbytes
+    header[name] = {"dtype": DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+      file.write(tensor.read(()).reshape(-1).view(np.uint8).data)

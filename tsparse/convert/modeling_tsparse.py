@@ -1,13 +1,15 @@
-"""Llama, Mistral, Qwen2, Mixtral and OLMoE with FFN activations that the classes of transformers cannot express.
+"""Models with FFN activations (and DeepSeek-MoE, and neuron predictors) that transformers has no classes for.
 
 tsparse copies this file beside an exported model; `trust_remote_code=True` loads it. config.json says the activation in
-`ffn_activation`: swiglu, geglu, relu, relu2, drelu, shifted_relu:B or fatrelu:T, as functions of (gate, up).
+`ffn_activation`: swiglu, geglu, geglu_tanh, relu, relu2, drelu, shifted_relu:B or fatrelu:T, functions of (gate, up).
 """
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+  Gemma2Config,
+  Gemma2ForCausalLM,
   LlamaConfig,
   LlamaForCausalLM,
   MistralConfig,
@@ -18,11 +20,14 @@ from transformers import (
   OlmoeForCausalLM,
   Qwen2Config,
   Qwen2ForCausalLM,
+  Qwen2MoeConfig,
+  Qwen2MoeForCausalLM,
 )
 
 ACTIVATIONS = {
   "swiglu": lambda gate, up, _: functional.silu(gate) * up,
   "geglu": lambda gate, up, _: functional.gelu(gate) * up,
+  "geglu_tanh": lambda gate, up, _: functional.gelu(gate, approximate="tanh") * up,
   "relu": lambda gate, up, _: torch.relu(gate) * up,
   "relu2": lambda gate, up, _: torch.relu(gate).square() * up,
   "drelu": lambda gate, up, _: torch.relu(gate) * torch.relu(up),
@@ -31,36 +36,72 @@ ACTIVATIONS = {
 }
 
 
-class FeedForward(nn.Module):
-  """down(act(gate(x), up(x)))."""
+class Predictor(nn.Module):
+  """Mask of the neurons worth computing: sigmoid(fc2 relu(fc1 x)) > 1/2, as inside the TurboSparse models."""
 
-  def __init__(self, config):
+  def __init__(self, config, width, rank):
     super().__init__()
-    self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-    self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-    self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-    name, _, number = config.ffn_activation.partition(":")
-    self.activation, self.number = ACTIVATIONS[name], float(number or 0)
+    self.fc1 = nn.Linear(config.hidden_size, rank, bias=False)
+    self.fc2 = nn.Linear(rank, width, bias=False)
 
   def forward(self, x):
+    """[..., D] -> [..., F]."""
+    return (self.fc2(torch.relu(self.fc1(x))) > 0).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+  """down(act(gate(x), up(x))), times the mask of a predictor where `config.predictor_ranks` says so."""
+
+  residual = None  # x before its norm, for predictors that read it
+
+  def __init__(self, config, layer, width):
+    super().__init__()
+    self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+    self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+    self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+    name, _, number = config.ffn_activation.partition(":")
+    self.activation, self.number = ACTIVATIONS[name], float(number or 0)
+    ranks = getattr(config, "predictor_ranks", None)
+    self.predictor = Predictor(config, width, ranks[layer]) if ranks else None
+
+  def forward(self, x, residual=None):
     """[..., D] -> [..., D]."""
-    return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x), self.number))
+    hidden = self.activation(self.gate_proj(x), self.up_proj(x), self.number)
+    if self.predictor is not None:
+      residual = self.residual if residual is None else residual
+      hidden = hidden * self.predictor(x if residual is None else residual)
+    return self.down_proj(hidden)
+
+
+def first_of(config, *names):
+  """The value of the first field that the config has: families call the same thing differently."""
+  return next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
 
 
 class MixtureOfExperts(nn.Module):
-  """Softmax over the top-k router logits (over all of them for OLMoE), in float32; a token meets its experts only."""
+  """Softmax over the router logits in float32, of which the top k are kept and, as Mixtral does, made to sum to 1."""
 
-  def __init__(self, config):
+  residual = None
+
+  def __init__(self, config, layer):
     super().__init__()
     self.top_k = config.num_experts_per_tok
     self.renormalize = getattr(config, "norm_topk_prob", True)  # Mixtral has no such field, and does
-    experts = config.num_experts if isinstance(config, OlmoeConfig) else config.num_local_experts
+    width = first_of(config, "moe_intermediate_size", "intermediate_size")
+    experts = first_of(config, "num_experts", "num_local_experts", "n_routed_experts")
     self.gate = nn.Linear(config.hidden_size, experts, bias=False)
-    self.experts = nn.ModuleList(FeedForward(config) for _ in range(experts))
+    self.experts = nn.ModuleList(FeedForward(config, layer, width) for _ in range(experts))
+    self.shared_expert = self.shared_experts = None
+    if hasattr(config, "shared_expert_intermediate_size"):  # Qwen
+      self.shared_expert = FeedForward(config, layer, config.shared_expert_intermediate_size)
+      self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+    elif getattr(config, "n_shared_experts", None):  # DeepSeek
+      self.shared_experts = FeedForward(config, layer, config.n_shared_experts * width)
 
   def forward(self, x):
     """[B, T, D] -> [B, T, D]."""
     tokens = x.reshape(-1, x.shape[-1])
+    residual = tokens if self.residual is None else self.residual.reshape(tokens.shape)
     weights, chosen = functional.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1).topk(self.top_k)
     if self.renormalize:
       weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -68,13 +109,26 @@ class MixtureOfExperts(nn.Module):
     out = torch.zeros_like(tokens)
     for index, expert in enumerate(self.experts):
       token, choice = torch.where(chosen == index)
-      out.index_add_(0, token, expert(tokens[token]) * weights[token, choice, None])
-    return out.view_as(x)
+      out.index_add_(0, token, expert(tokens[token], residual[token]) * weights[token, choice, None])
+    out = out.view_as(x)
+    if self.shared_expert is not None:
+      out = out + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+    if self.shared_experts is not None:
+      out = out + self.shared_experts(x)
+    return out
 
 
-def _replace_ffn(model, config, kind):
-  for layer in model.model.layers:
-    layer.mlp = kind(config)
+def _replace_ffn(model, config):
+  routed = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+  for index, layer in enumerate(model.model.layers):
+    if routed and index >= getattr(config, "first_k_dense_replace", 0):
+      layer.mlp = MixtureOfExperts(config, index)
+    else:
+      layer.mlp = FeedForward(config, index, config.intermediate_size)
+    if getattr(config, "predictor_input", "") == "before_norm":  # the stock layer hands its FFN the normed input only
+      layer.post_attention_layernorm.register_forward_pre_hook(
+        lambda _, inputs, ffn=layer.mlp: setattr(ffn, "residual", inputs[0])
+      )
   model.post_init()
 
 
@@ -103,7 +157,7 @@ class TsparseLlamaForCausalLM(LlamaForCausalLM):
 
   def __init__(self, config):
     super().__init__(config)
-    _replace_ffn(self, config, FeedForward)
+    _replace_ffn(self, config)
 
 
 class TsparseMistralForCausalLM(MistralForCausalLM):
@@ -113,7 +167,7 @@ class TsparseMistralForCausalLM(MistralForCausalLM):
 
   def __init__(self, config):
     super().__init__(config)
-    _replace_ffn(self, config, FeedForward)
+    _replace_ffn(self, config)
 
 
 class TsparseMixtralForCausalLM(MixtralForCausalLM):
@@ -123,13 +177,29 @@ class TsparseMixtralForCausalLM(MixtralForCausalLM):
 
   def __init__(self, config):
     super().__init__(config)
-    _replace_ffn(self, config, MixtureOfExperts)
+    _replace_ffn(self, config)
 
 
 class TsparseQwen2Config(Qwen2Config):
   """Qwen2Config with `ffn_activation`."""
 
   model_type = "tsparse_qwen2"
+
+
+class TsparseGemma2Config(Gemma2Config):
+  """Gemma2Config with `ffn_activation`."""
+
+  model_type = "tsparse_gemma2"
+
+
+class TsparseGemma2ForCausalLM(Gemma2ForCausalLM):
+  """Gemma 2 with the FFN of `config.ffn_activation`."""
+
+  config_class = TsparseGemma2Config
+
+  def __init__(self, config):
+    super().__init__(config)
+    _replace_ffn(self, config)
 
 
 class TsparseOlmoeConfig(OlmoeConfig):
@@ -145,7 +215,7 @@ class TsparseQwen2ForCausalLM(Qwen2ForCausalLM):
 
   def __init__(self, config):
     super().__init__(config)
-    _replace_ffn(self, config, FeedForward)
+    _replace_ffn(self, config)
 
 
 class TsparseOlmoeForCausalLM(OlmoeForCausalLM):
@@ -155,4 +225,36 @@ class TsparseOlmoeForCausalLM(OlmoeForCausalLM):
 
   def __init__(self, config):
     super().__init__(config)
-    _replace_ffn(self, config, MixtureOfExperts)
+    _replace_ffn(self, config)
+
+
+class TsparseQwen2MoeConfig(Qwen2MoeConfig):
+  """Qwen2MoeConfig with `ffn_activation`."""
+
+  model_type = "tsparse_qwen2_moe"
+
+
+class TsparseQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
+  """Qwen2-MoE with the experts of `config.ffn_activation`."""
+
+  config_class = TsparseQwen2MoeConfig
+
+  def __init__(self, config):
+    super().__init__(config)
+    _replace_ffn(self, config)
+
+
+class TsparseDeepseekConfig(LlamaConfig):
+  """LlamaConfig with the experts of DeepSeek-MoE (v1) and `ffn_activation`."""
+
+  model_type = "tsparse_deepseek"
+
+
+class TsparseDeepseekForCausalLM(LlamaForCausalLM):
+  """DeepSeek-MoE (v1): Llama's attention, shared experts, the first layers dense."""
+
+  config_class = TsparseDeepseekConfig
+
+  def __init__(self, config):
+    super().__init__(config)
+    _replace_ffn(self, config)

@@ -10,7 +10,7 @@ right the pattern is the import, from right to left the export; letters have the
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import einops
@@ -32,19 +32,28 @@ class Rule(NamedTuple):
 
 def sources(rule: Rule, config: ModelConfig) -> list[tuple[tuple[int, ...], str]]:
   """(index in our stacked parameter, their name) of every tensor of a rule."""
-  layers = range(config.num_layers) if "{layer}" in rule.theirs else (None,)
+  dense = config.dense_layers
+  start, length = (0, dense) if rule.ours.startswith("first/") else (dense, config.num_layers - dense)
+  layers = range(length) if "{layer}" in rule.theirs else (None,)
   experts = range(config.num_experts) if "{expert}" in rule.theirs else (None,)
   return [
-    (tuple(i for i in (layer, expert) if i is not None), rule.theirs.format(layer=layer, expert=expert))
+    (tuple(i for i in (layer, expert) if i is not None), rule.theirs.format(layer=start + (layer or 0), expert=expert))
     for layer in layers
     for expert in experts
   ]
 
 
-def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def sizes(rule: Rule, config: ModelConfig, index: tuple[int, ...] = ()) -> dict[str, int]:
+  """Letter -> length in the tensors of a rule: those of the FFN it belongs to; the rank of the layer's predictor."""
+  shared, first = "/shared/" in rule.ours, rule.ours.startswith("first/")
+  lengths = {"1": 1} | (config.shared if shared else config.first if first else config).sizes
+  return lengths | ({"R": config.predictor_ranks[index[0]]} if config.predictor_ranks and index else {})
+
+
+def shape(side: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
   """Shape of one side of a pattern: `"(N H) D"` -> (N * H, D)."""
   groups = re.findall(r"\(([^)]*)\)|(\w)", side)
-  return tuple(int(np.prod([sizes[letter] for letter in (group or single).split()])) for group, single in groups)
+  return tuple(int(np.prod([lengths[letter] for letter in (group or single).split()])) for group, single in groups)
 
 
 def check_names(rules: Iterable[Rule], config: ModelConfig, names: Iterable[str], ignored: Iterable[str] = ()):
@@ -95,31 +104,31 @@ def _leaf(rule: Rule, config: ModelConfig, stored: Mapping, read: Callable[[str]
   dtype = np.dtype(functools.reduce(jnp.promote_types, (stored[name][1] for name in names.values())))
 
   def read_slice(index: Index) -> np.ndarray:
-    part = einops.rearrange(read(names[index]), rule.pattern, **letters(rule, config, index))
+    part = einops.rearrange(read(names[index]), rule.pattern, **letters(rule.pattern, sizes(rule, config, index)))
     part = contiguous(part).astype(dtype, copy=False)
     return np.pad(part, [(0, n - m) for n, m in zip(inner, part.shape, strict=True)]) if part.shape != inner else part
 
   return Leaf(stack + inner, dtype, len(stack), read_slice)
 
 
-def to_theirs(
-  rules: Iterable[Rule], config: ModelConfig, parameters: Mapping[str, Leaf]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (their name, tensor), the inverse of `to_ours`."""
-  for rule in rules:
-    theirs, ours = rule.pattern.split(" -> ")
-    for index, name in sources(rule, config):
-      inner = shape(ours, sizes(rule, config, index))
-      part = parameters[rule.ours].at(index)[tuple(map(slice, inner))]
-      yield name, contiguous(einops.rearrange(part, f"{ours} -> {theirs}", **letters(rule, config, index)))
+def to_theirs(rules: Iterable[Rule], config: ModelConfig, parameters: Mapping[str, Leaf]) -> dict[str, Leaf]:
+  """Their tensors, name -> Leaf that nothing is stacked in: the inverse of `to_ours`."""
+  return {
+    name: _tensor(rule, config, index, parameters[rule.ours]) for rule in rules for index, name in sources(rule, config)
+  }
 
 
-def sizes(rule: Rule, config: ModelConfig, index: Index) -> Mapping[str, int]:
-  """Axis letter -> length in the tensor of a rule at `index`. Ours is as long as the longest one."""
-  del rule, index
-  return config.sizes
+def _tensor(rule: Rule, config: ModelConfig, index: Index, parameter: Leaf) -> Leaf:
+  theirs, ours = rule.pattern.split(" -> ")
+  lengths = sizes(rule, config, index)
+
+  def read(_: Index) -> np.ndarray:
+    part = parameter.at(index)[tuple(map(slice, shape(ours, lengths)))]
+    return contiguous(einops.rearrange(part, f"{ours} -> {theirs}", **letters(rule.pattern, lengths)))
+
+  return Leaf(shape(theirs, lengths), parameter.dtype, 0, read)
 
 
-def letters(rule: Rule, config: ModelConfig, index: Index) -> dict[str, int]:
-  """The sizes of the letters that occur in a rule's pattern."""
-  return {letter: size for letter, size in sizes(rule, config, index).items() if letter in rule.pattern}
+def letters(pattern: str, lengths: Mapping[str, int]) -> dict[str, int]:
+  """The lengths of the letters that occur in a pattern."""
+  return {letter: length for letter, length in lengths.items() if letter in pattern and letter.isalpha()}

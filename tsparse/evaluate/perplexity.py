@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsparse.models.counts import HiddenCounts, mean_zero_fraction
+from tsparse.models.counts import ModelCounts, model_zero_fraction
 from tsparse.models.loss import cross_entropy
 from tsparse.models.transformer import Transformer
 from tsparse.sharding import constrain, place
@@ -28,14 +28,12 @@ class Evaluation:
   Attributes:
     nll: sum of -ln p over the tokens, nats.
     tokens: number of tokens scored.
-    fired: [L, E, F] float64, tokens for which each neuron fired.
-    routed: [L, E] float64, tokens that reached each expert.
+    counts: by kind of FFN, fired [L, E, F] and routed [L, E], float64 numpy arrays.
   """
 
   nll: float
   tokens: int
-  fired: np.ndarray
-  routed: np.ndarray
+  counts: ModelCounts
 
   @property
   def loss(self) -> float:
@@ -50,17 +48,12 @@ class Evaluation:
   @property
   def zero_fraction(self) -> float:
     """Share of zeros in the FFN hidden, over all layers."""
-    return float(mean_zero_fraction(self.counts))
-
-  @property
-  def counts(self) -> HiddenCounts:
-    """The counts of all tokens together."""
-    return HiddenCounts(fired=self.fired, routed=self.routed)
+    return float(model_zero_fraction(self.counts))
 
 
 def batch_sums(
   model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
-) -> tuple[jax.Array, HiddenCounts]:
+) -> tuple[jax.Array, ModelCounts]:
   """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   logits, counts = model.apply(
@@ -89,11 +82,11 @@ def evaluate(
     mesh: the devices; it must be set by `jax.set_mesh`.
     intervention: see Transformer; None leaves the hidden alone.
   """
-  nll, tokens, fired, routed = 0.0, 0, 0.0, 0.0
+  nll, tokens, total = 0.0, 0, None
   for batch in batches:
     batch_nll, counts = compiled(model, params, place(batch, mesh), intervention)
     nll += float(batch_nll)
     tokens += int((batch["segment_ids"] > 0).sum())
-    fired += np.asarray(counts.fired, np.float64)
-    routed += np.asarray(counts.routed, np.float64)
-  return Evaluation(nll, tokens, fired, routed)
+    counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
+    total = counts if total is None else jax.tree.map(np.add, total, counts)
+  return Evaluation(nll, tokens, total)

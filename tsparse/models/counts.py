@@ -4,6 +4,7 @@ They are taken on the hidden `act(gate, up)`, the tensor that `down` reads, neve
 take numpy and JAX arrays alike.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,14 +16,14 @@ Array = jax.Array
 DEFINITIONS = {
   "zero_fraction": "share of entries of the FFN hidden (act(gate, up), the tensor that `down` reads) that are exactly "
   "zero, over the evaluated tokens (padding excluded) and, with experts, over the tokens routed to each expert; means "
-  "over layers and experts are weighted by the tokens routed",
+  "over layers and experts are weighted by the entries, shared experts included",
   "dead_neurons": "neurons whose hidden entry was exactly zero for every evaluated token",
 }
 
 
 @struct.dataclass
 class HiddenCounts:
-  """Firing counts of one layer, or of all of them with a leading axis L. Dense models have E = 1.
+  """Firing counts of one FFN, or of one in each layer with a leading axis L. Dense ones have E = 1.
 
   Attributes:
     fired: [..., E, F] float32, tokens for which the neuron's hidden entry was not exactly zero.
@@ -31,6 +32,11 @@ class HiddenCounts:
 
   fired: Array
   routed: Array
+
+
+# The counts of a model by kind of FFN: "ffn" those of all layers, or the routed experts; "shared" the shared experts
+# of the same layers; "first" the dense FFNs of the first layers. Each has a leading axis L of its own layers.
+ModelCounts = Mapping[str, HiddenCounts]
 
 
 def count_fired(hidden: Array, counted: Array) -> Array:
@@ -51,6 +57,27 @@ def zero_fraction(counts: HiddenCounts) -> Array:
 def mean_zero_fraction(counts: HiddenCounts, axis: Any = None) -> Array:
   """Zero fraction over the axes `axis` of [L, E] (default both), each expert weighted by the tokens routed to it."""
   return 1.0 - counts.fired.mean(-1).sum(axis) / counts.routed.sum(axis)
+
+
+def model_zero_fraction(counts: ModelCounts) -> Array:
+  """Zero fraction of a whole model: over all entries of the hidden of all its FFNs."""
+  fired, entries = zip(*map(_fired_and_entries, counts.values()), strict=True)
+  return 1.0 - sum(x.sum() for x in fired) / sum(x.sum() for x in entries)
+
+
+def zero_fraction_per_layer(counts: ModelCounts) -> Array:
+  """[L]: zero fraction of each layer, a shared expert together with the routed ones."""
+  fired, entries = _fired_and_entries(counts["ffn"])
+  if "shared" in counts:
+    shared_fired, shared_entries = _fired_and_entries(counts["shared"])
+    fired, entries = fired + shared_fired, entries + shared_entries
+  layers = 1.0 - fired / entries
+  return layers if "first" not in counts else jnp.concatenate([mean_zero_fraction(counts["first"], 1), layers])
+
+
+def _fired_and_entries(counts: HiddenCounts) -> tuple[Array, Array]:
+  """Entries of the hidden of each layer that fired, and all of them: [L] each."""
+  return counts.fired.sum((1, 2)), counts.routed.sum(1) * counts.fired.shape[-1]
 
 
 def dead_neurons(counts: HiddenCounts) -> Array:

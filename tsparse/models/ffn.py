@@ -14,10 +14,16 @@ Intervention = Callable[[Array, Array, Array], Array]
 
 
 def gated_hidden(
-  gate: Array, up: Array, activation: Callable[[Array, Array], Array], intervene: Intervention | None
+  gate: Array,
+  up: Array,
+  activation: Callable[[Array, Array], Array],
+  predicted: Array | None,
+  intervene: Intervention | None,
 ) -> Array:
-  """act(gate, up) [..., F], and then the intervention if there is one."""
+  """act(gate, up) [..., F], times the predictor's mask if there is one, and then the intervention if there is one."""
   hidden = activation(gate, up)
+  if predicted is not None:
+    hidden = hidden * predicted
   return hidden if intervene is None else intervene(gate, up, hidden)
 
 
@@ -28,6 +34,7 @@ def feed_forward(
   down: Array,
   valid: Array,
   activation: Callable[[Array, Array], Array],
+  predicted: Array | None = None,
   intervene: Intervention | None = None,
 ) -> tuple[Array, HiddenCounts]:
   """down(act(x gate, x up)): Turbo Sparse (arXiv 2406.05955) eq. 1-2.
@@ -39,12 +46,13 @@ def feed_forward(
     down: [F, D].
     valid: [B, T] bool, false on padding, which is computed but not counted.
     activation: (gate, up) -> hidden.
+    predicted: optional mask [B, T, F] of the hidden (models/predictor.py).
     intervene: optional change of the hidden.
 
   Returns:
     [B, T, D], and counts with E = 1.
   """
-  hidden = gated_hidden(jnp.einsum("btd,df->btf", x, gate), jnp.einsum("btd,df->btf", x, up), activation, intervene)
-  hidden = constrain(hidden, "BTF")  # [B, T, F]
+  gate, up = jnp.einsum("btd,df->btf", x, gate), jnp.einsum("btd,df->btf", x, up)
+  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTF")  # [B, T, F]
   counts = HiddenCounts(fired=count_fired(hidden, valid)[None], routed=jnp.sum(valid, dtype=jnp.float32)[None])
   return jnp.einsum("btf,fd->btd", hidden, down), counts

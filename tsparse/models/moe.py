@@ -41,6 +41,7 @@ def moe_dense(
   activation: Callable[[Array, Array], Array],
   experts_per_token: int,
   renormalize: bool = True,
+  predicted: Array | None = None,
   intervene: Intervention | None = None,
 ) -> tuple[Array, HiddenCounts]:
   """Every expert on every token, weighted by the router: E / experts_per_token times the work, and obviously right.
@@ -55,6 +56,7 @@ def moe_dense(
     activation: (gate, up) -> hidden.
     experts_per_token: experts each token is sent to.
     renormalize: see `route`.
+    predicted: optional mask [B, T, E, F] of the hidden (models/predictor.py).
     intervene: optional change of the hidden of each expert.
 
   Returns:
@@ -62,8 +64,8 @@ def moe_dense(
   """
   weights, chosen = route(x, router, experts_per_token, renormalize)
   weights = constrain(weights, "BTE")
-  hidden = gated_hidden(jnp.einsum("btd,edf->btef", x, gate), jnp.einsum("btd,edf->btef", x, up), activation, intervene)
-  hidden = constrain(hidden, "BTEF")  # [B, T, E, F]
+  gate, up = jnp.einsum("btd,edf->btef", x, gate), jnp.einsum("btd,edf->btef", x, up)
+  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTEF")  # [B, T, E, F]
   routed = chosen & valid[..., None]  # [B, T, E]
   counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
   out = jnp.einsum("btef,efd->bted", hidden, down)  # [B, T, E, D]

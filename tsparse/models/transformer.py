@@ -4,11 +4,15 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
 
     embed [V, D] · final_norm [D] · head [D, V] (absent when tied)
     layers/attention_norm [L, D] · layers/ffn_norm [L, D]
+    layers/attention_post_norm [L, D] · layers/ffn_post_norm [L, D]                              with post_norms
     layers/attention/{query [L, D, N, H], key [L, D, K, H], value [L, D, K, H], out [L, N, H, D]}
     layers/attention/{query_bias [L, N, H], key_bias [L, K, H], value_bias [L, K, H]}            with attention_bias
     layers/attention/{query_norm [L, N, H], key_norm [L, K, H]}                                  with qk_norm
     layers/ffn/{gate [L, D, F], up [L, D, F], down [L, F, D]}
     layers/ffn/{router [L, D, E], gate [L, E, D, F], up [L, E, D, F], down [L, E, F, D]}     with experts
+    layers/ffn/shared/{gate, up, down} as dense, layers/ffn/shared_gate [L, D]                   with a shared expert
+    layers/ffn/predictor/{fc1 [L, D, R], fc2 [L, R, F]}, with E as above                         with predictors
+    first/...                                                 as layers, for the dense layers before those with experts
 """
 
 import math
@@ -20,11 +24,12 @@ from flax import linen as nn
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
-from tsparse.models import layers
+from tsparse.models import layers, rope
 from tsparse.models.config import ModelConfig
-from tsparse.models.counts import HiddenCounts
+from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
 from tsparse.models.moe import moe_dense
+from tsparse.models.predictor import predict
 from tsparse.sharding import constrain
 
 Array = jax.Array
@@ -59,9 +64,10 @@ def _vector(module: nn.Module, name: str, axes: str, init: nn.initializers.Initi
 
 def _norm(module: nn.Module, name: str, x: Array, axes: str = "D") -> Array:
   """RMSNorm of x [B, T, axes] over all its `axes` together, by the scale `name`."""
-  scale = _vector(module, name, axes, nn.initializers.ones)
+  config = module.config
+  scale = _vector(module, name, axes, nn.initializers.constant(1 - config.norm_offset))
   flat = x.reshape(*x.shape[:2], -1)
-  return layers.rms_norm(flat, scale.reshape(-1), module.config.norm_eps).reshape(x.shape)
+  return layers.rms_norm(flat, scale.reshape(-1), config.norm_eps, config.norm_offset).reshape(x.shape)
 
 
 class Attention(nn.Module):
@@ -82,52 +88,103 @@ class Attention(nn.Module):
       value += _vector(self, "value_bias", "KH", nn.initializers.zeros).astype(x.dtype)
     if config.qk_norm:
       query, key = _norm(self, "query_norm", query, "NH"), _norm(self, "key_norm", key, "KH")
-    query = constrain(layers.rotate(query, cos, sin), "BTNH")
-    key = constrain(layers.rotate(key, cos, sin), "BTKH")
-    mixed = layers.attention(query, key, value, mask)  # [B, T, N, H]
+    query = constrain(rope.rotate(query, cos, sin), "BTNH")
+    key = constrain(rope.rotate(key, cos, sin), "BTKH")
+    mixed = layers.attention(query, key, value, mask, config.query_scalar, config.attention_softcap)  # [B, T, N, H]
     out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
     return jnp.einsum("btnh,nhd->btd", mixed, out)
 
 
-class FeedForward(nn.Module):
-  """The gated FFN, dense or with experts."""
+class Predictor(nn.Module):
+  """A neuron predictor, or one for each expert."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, valid: Array, intervene: Intervention | None) -> tuple[Array, HiddenCounts]:
-    """x [B, T, D], valid [B, T] -> [B, T, D] and counts [E, F]."""
+  def __call__(self, x: Array) -> Array:
+    """x [B, T, D] -> mask [B, T, F], or [B, T, E, F]."""
+    experts = "E" if self.config.num_experts else ""
+    fc1 = _weight(self, "fc1", experts + "DR", fan_in="D")
+    return predict(x, fc1, _weight(self, "fc2", experts + "RF", fan_in="R"))
+
+
+class FeedForward(nn.Module):
+  """The gated FFN, dense or with experts, of which one may be shared by all tokens."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Array, residual: Array, valid: Array, intervene: Intervention | None
+  ) -> tuple[Array, dict[str, HiddenCounts]]:
+    """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D] and counts by kind of FFN, [E, F] each."""
     config = self.config
     experts = "E" if config.num_experts else ""
     gate = _weight(self, "gate", experts + "DF", fan_in="D")
     up = _weight(self, "up", experts + "DF", fan_in="D")
     down = _weight(self, "down", experts + "FD", fan_in="F", scale=(2 * config.num_layers) ** -0.5)
     act = activation(config.activation)
+    predicted = None
+    if config.predictor_ranks:
+      predicted = Predictor(config, name="predictor")(residual if config.predictor_input == "before_norm" else x)
     if not config.num_experts:
-      return feed_forward(x, gate, up, down, valid, act, intervene)
+      out, counts = feed_forward(x, gate, up, down, valid, act, predicted, intervene)
+      return out, {"ffn": counts}
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
-    return moe_dense(
-      x, router, gate, up, down, valid, act, config.experts_per_token, config.router_renormalize, intervene
-    )
+    chosen, renormalize = config.experts_per_token, config.router_renormalize
+    out, counts = moe_dense(x, router, gate, up, down, valid, act, chosen, renormalize, predicted, intervene)
+    if not config.num_shared_experts:
+      return out, {"ffn": counts}
+    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene)
+    if config.shared_gate:
+      shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, _weight(self, "shared_gate", "D", fan_in="D")))[..., None]
+    return out + shared, {"ffn": counts, "shared": shared_counts["ffn"]}
 
 
 class Block(nn.Module):
-  """One pre-norm layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+  """One layer: x + attention(norm(x)), then x + ffn(norm(x)), each normed again before it is added if post_norms."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(
-    self, x: Array, cos: Array, sin: Array, mask: Array, valid: Array, intervene: Intervention | None
-  ) -> tuple[Array, HiddenCounts]:
-    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
+    self,
+    x: Array,
+    cos: Array,
+    sin: Array,
+    masks: Array,
+    valid: Array,
+    mask_index: Array | None,
+    intervene: Intervention | None,
+  ) -> tuple[Array, dict[str, HiddenCounts]]:
+    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers).
+
+    `mask_index` says which of the masks [M, B, T, T] is the layer's; None where there is one for all.
+    """
     config = self.config
     x = constrain(x, "BTD")
     normed = _norm(self, "attention_norm", x)
-    x = x + Attention(config, name="attention")(normed, cos, sin, mask)
+    mask = masks[0 if mask_index is None else mask_index]
+    out = Attention(config, name="attention")(normed, cos, sin, mask)
+    x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
-    out, counts = FeedForward(config, name="ffn")(normed, valid, intervene)
+    out, counts = FeedForward(config, name="ffn")(normed, x, valid, intervene)
+    if config.post_norms:
+      out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
+
+
+def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
+  """`length` equal layers in a scan: parameters with a leading axis L, and so are the interventions and the counts."""
+  scanned = nn.scan(
+    nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+    length=length,
+    metadata_params={nn.PARTITION_NAME: "L"},
+  )
+  return scanned(config, name=name)
 
 
 class Transformer(nn.Module):
@@ -138,7 +195,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(
     self, tokens: Array, segment_ids: Array, positions: Array, intervention: Any = None
-  ) -> tuple[Array, HiddenCounts]:
+  ) -> tuple[Array, ModelCounts]:
     """Next-token logits.
 
     Args:
@@ -149,29 +206,33 @@ class Transformer(nn.Module):
         layer l applies the slice l. Its leaves are traced, so sweeping their values does not recompile.
 
     Returns:
-      logits [B, T, V] float32, and HiddenCounts with fired [L, E, F] and routed [L, E].
+      logits [B, T, V] float32, and by kind of FFN the HiddenCounts with fired [L, E, F] and routed [L, E].
     """
     config = self.config
     embed = _weight(self, "embed", "VD", fan_in="D")
     x = constrain(embed[tokens], "BTD")
-    cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
-    mask = layers.attention_mask(segment_ids, config.sliding_window)
-    scanned = nn.scan(
-      nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
-      length=config.num_layers,
-      metadata_params={nn.PARTITION_NAME: "L"},
-    )
-    x, counts = scanned(config, name="layers")(x, cos, sin, mask, segment_ids > 0, intervention)
+    if config.scale_embeddings:
+      x *= jnp.asarray(config.d_model**0.5, x.dtype)
+    cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    windows = sorted(set(config.windows))
+    masks = jnp.stack([layers.attention_mask(segment_ids, window) for window in windows])  # [M, B, T, T]
+    mask_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
+    valid, first, counts = segment_ids > 0, config.dense_layers, {}
+    per_layer = (mask_index, intervention)
+    if first:
+      head = jax.tree.map(lambda leaf: leaf[:first], per_layer)
+      x, dense = _stack(config.first, first, "first")(x, cos, sin, masks, valid, *head)
+      counts["first"] = dense["ffn"]
+    rest = jax.tree.map(lambda leaf: leaf[first:], per_layer)
+    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, masks, valid, *rest)
+    counts |= others
     x = _norm(self, "final_norm", x)
     if config.tie_embeddings:
       logits = jnp.einsum("btd,vd->btv", x, embed, preferred_element_type=jnp.float32)
     else:
       head = _weight(self, "head", "DV", fan_in="D")
       logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
-    return constrain(logits, "BTV"), counts
+    return constrain(layers.softcap(logits, config.final_softcap), "BTV"), counts
 
 
 def remat_policy(name: str):
@@ -193,5 +254,7 @@ def abstract_parameters(model: Transformer) -> tuple[Any, Any]:
 
 def init_parameters(model: Transformer, key: Array) -> Any:
   """Random parameters, a plain pytree of float32 arrays; under jit with `out_shardings` they are born sharded."""
+  if len(set(model.config.predictor_ranks)) > 1:
+    raise UserError("config.model.predictor_ranks differ between layers: such predictors come from a checkpoint only.")
   row = jnp.zeros((1, 2), jnp.int32)
   return nn.unbox(model.init(key, row, row, row)["params"])

@@ -23,7 +23,8 @@ def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
   experts = max(1, model.num_experts)
   projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"])) * width
   scores = s["N"] * seq_len * (4 + width)  # float32 scores and the weights that meet the values
-  hidden = 3 * experts * s["F"] * width
+  neurons = max(experts * s["F"] + model.num_shared_experts * model.shared_d_ff, model.dense_d_ff)
+  hidden = (3 + bool(model.predictor_ranks)) * neurons * width  # gate, up, hidden, and the predictor's mask
   outputs = {"none": projections + scores + hidden, "dots": projections + hidden, "full": s["D"] * width}[model.remat]
   working = 2 * (projections + scores + hidden)
   logits = 2 * 4 * s["V"]

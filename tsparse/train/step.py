@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from tsparse.models.counts import HiddenCounts, dead_neurons, mean_zero_fraction, zero_fraction
+from tsparse.models.counts import (
+  ModelCounts,
+  dead_neurons,
+  model_zero_fraction,
+  zero_fraction,
+  zero_fraction_per_layer,
+)
 from tsparse.models.loss import cross_entropy
 from tsparse.models.transformer import Transformer
 from tsparse.sharding import constrain
@@ -31,7 +37,7 @@ class Sums:
 
   nll: jax.Array  # [] float32, nats
   log_z_squared: jax.Array  # [] float32
-  counts: HiddenCounts
+  counts: ModelCounts
 
 
 def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) -> tuple[jax.Array, Sums]:
@@ -92,11 +98,11 @@ def make_train_step(
       "grad_norm": optax.tree_utils.tree_norm(grads),
       "learning_rate": schedule(state.step),
       "tokens": tokens,
-      "zero_fraction": mean_zero_fraction(sums.counts),
-      "zero_fraction_per_layer": mean_zero_fraction(sums.counts, axis=1),  # [L]
-      "zero_fraction_per_expert": zero_fraction(sums.counts),  # [L, E]
-      "dead_neurons": jnp.sum(dead_neurons(sums.counts)),  # in this batch
-      "tokens_per_expert": sums.counts.routed,  # [L, E]
+      "zero_fraction": model_zero_fraction(sums.counts),
+      "zero_fraction_per_layer": zero_fraction_per_layer(sums.counts),  # [L]
+      "zero_fraction_per_expert": zero_fraction(sums.counts["ffn"]),  # [L, E]
+      "dead_neurons": sum(jnp.sum(dead_neurons(c)) for c in sums.counts.values()),  # in this batch
+      "tokens_per_expert": sums.counts["ffn"].routed,  # [L, E]
     }
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

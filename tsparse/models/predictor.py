@@ -1,0 +1,30 @@
+"""The neuron predictors inside the released TurboSparse models: which entries of the hidden are worth computing."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def predict(x: Array, fc1: Array, fc2: Array) -> Array:
+  """Mask of the hidden, 1 where the predictor expects a non-zero entry: p > 1/2, p = sigmoid(relu(x fc1) fc2).
+
+  The gradient is that of p (straight-through), as in the released models: m = p + stop_gradient(round(p) - p). Source:
+  the modeling code of TurboSparse-Mixtral and a replica of TurboSparse-Mistral's.
+
+  Args:
+    x: [B, T, D].
+    fc1: [D, R], or [E, D, R] with a predictor for each expert. Ranks differ between layers: shorter ones are padded
+      with zeros, which changes nothing, since relu(0) = 0.
+    fc2: [R, F], or [E, R, F].
+
+  Returns:
+    [B, T, F], or [B, T, E, F], in the dtype of x.
+  """
+  if fc1.ndim == 2:
+    logits = jnp.einsum("btr,rf->btf", jax.nn.relu(jnp.einsum("btd,dr->btr", x, fc1)), fc2)
+  else:
+    logits = jnp.einsum("bter,erf->btef", jax.nn.relu(jnp.einsum("btd,edr->bter", x, fc1)), fc2)
+  soft = jax.nn.sigmoid(logits)
+  hard = (logits > 0).astype(x.dtype)  # round(p), whose half rounds to 0
+  return soft + jax.lax.stop_gradient(hard - soft)

@@ -1,6 +1,7 @@
 """Checkpoints of Hugging Face, in and out: logits equal those of transformers, and a round trip changes no bit."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -115,13 +116,17 @@ def parameters(model):
   return model.restore(abstract(shapes, shardings(mesh, logical)))[0]
 
 
+@functools.cache
+def forward(config):
+  return jax.jit(Transformer(config).apply)
+
+
 def our_logits(path, tokens, config: ModelConfig | None = None, segment_ids=None, positions=None):
   model = open_model(path)
   if positions is None:
     segment_ids = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  apply = jax.jit(Transformer(config or model.config).apply)
-  return apply({"params": parameters(model)}, tokens, segment_ids, positions)[0]
+  return forward(config or model.config)({"params": parameters(model)}, tokens, segment_ids, positions)[0]
 
 
 def their_logits(model, tokens):
@@ -146,7 +151,7 @@ def test_logits_equal_and_the_round_trip_is_exact(case, tmp_path):
   theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
   reference = save_huggingface(theirs, *CASES[case])
   convert(theirs, ours, "tsparse")
-  for length in (1, 5, 40):  # 40 crosses the sliding window several times
+  for length in (1, 40):  # 40 crosses the sliding window several times
     tokens = np.random.default_rng(length).integers(0, 97, (2, length))
     expected = their_logits(reference, tokens)
     for path in (theirs, ours):
@@ -383,7 +388,7 @@ def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, th
 
   fields = json.loads((source / "config.json").read_text())
   del fields["rope_parameters"]
-  config = read_config(fields | rope)[1]
+  config = read_config(fields | rope, {})[1]
   assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
   read = transformers.LlamaConfig(**json.loads(json.dumps(fields | rope))).rope_parameters
   written = transformers.LlamaConfig(**export_format(config, "float32")[0]).rope_parameters
@@ -409,10 +414,10 @@ def test_both_layouts_of_rotary_positions_are_read_as_transformers_does(rope, th
 def test_other_rotary_positions_are_refused_by_name_and_value(rope, sentence, source):
   fields = json.loads((source / "config.json").read_text())
   with pytest.raises(UserError, match="only one of them can hold"):
-    read_config(fields | {"rope_scaling": rope})
+    read_config(fields | {"rope_scaling": rope}, {})
   del fields["rope_parameters"]
   with pytest.raises(UserError, match=sentence):
-    read_config(fields | {"rope_scaling": rope})
+    read_config(fields | {"rope_scaling": rope}, {})
 
 
 def test_weights_that_are_not_finite_are_named(source, tmp_path, caplog):

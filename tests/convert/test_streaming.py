@@ -31,6 +31,7 @@ from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.sharding import make_mesh, path_name, shardings
 from tsparse.train import checkpoint
+from tsparse.train.step import TrainState
 
 CONFIG = dataclasses.replace(PRESETS["tiny_moe"], d_model=64, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=16)
 BFLOAT16 = jnp.dtype("bfloat16")
@@ -159,13 +160,15 @@ def test_shards_of_hugging_face_are_written_when_they_are_full(theirs, tmp_path,
   assert all(before.read(name).tobytes() == after.read(name).tobytes() for name in before.names)
 
 
-def test_a_chunk_of_many_layers_is_read_once(tmp_path):
+@pytest.mark.parametrize("chunk_bytes", [2**30, 20_000])
+def test_a_chunk_of_many_layers_is_read_once(chunk_bytes, tmp_path, monkeypatch):
   """As training writes them."""
+  monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
   values = parameters(dtype=np.float32)
   tree = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(values, sep="/"))
+  state = TrainState(step=jnp.asarray(4), params=tree, opt_state={"count": jnp.zeros(())})
   with checkpoint.manager(tmp_path, keep=1) as checkpoints:
-    items = {"params": checkpoint.ocp.args.StandardSave(tree), "data": checkpoint.ocp.args.JsonSave({"tokens_seen": 9})}
-    checkpoints.save(4, args=checkpoint.ocp.args.Composite(**items))
+    checkpoint.save(checkpoints, state, b"", 9)
   found, tokens = stored.read(tmp_path, 4, CONFIG)
 
   def read_bytes():
@@ -227,6 +230,19 @@ def test_part_of_a_leaf_at_any_index():
     leaf = Leaf(x.shape, x.dtype, depth, x.__getitem__)
     for index in ((), (1,), (1, 2), (1, 2, 3)):
       np.testing.assert_array_equal(leaf.at(index), x[index])
+
+
+def test_what_the_library_writes_and_what_we_write_is_the_same(tmp_path):
+  from safetensors.numpy import load_file, save_file
+
+  rng = np.random.default_rng(0)
+  tensors = {f"a{i}": rng.standard_normal((3, i + 1)).astype(dtype) for i, dtype in enumerate([BFLOAT16, "f4", "f2"])}
+  save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+  huggingface.write_safetensors(tmp_path / "ours", leaves(tensors))
+  theirs, ours = load_file(tmp_path / "theirs"), load_file(tmp_path / "ours")
+  expect(ours, theirs)
+  assert all(ours[name].dtype == x.dtype for name, x in theirs.items())
+  assert int.from_bytes((tmp_path / "ours").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_a_head_that_is_not_the_tied_embedding_is_refused(tmp_path):

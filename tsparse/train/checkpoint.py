@@ -19,6 +19,9 @@ from tsparse.train.step import TrainState
 QUIET = ("could not be restored", "No jax.Array in TypeHandlerRegistry", "Skipping merge of OCDBT checkpoints")
 logging.getLogger("absl").addFilter(lambda record: not any(text in str(record.msg) for text in QUIET))
 
+# Of parameters. Left to itself Orbax makes them 2 GB, and whoever reads one holds it several times.
+CHUNK_BYTES = 64 * 1024**2
+
 
 def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
   """The checkpoints of a workdir, to write; use it as a context, which waits for the last save."""
@@ -60,8 +63,9 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: bytes, tok
     data: state of the iterator that gave that step's batch.
     tokens_seen: tokens the model was trained on so far, those before its `init` included.
   """
+  chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state.params)
   arguments = ocp.args.Composite(
-    params=ocp.args.StandardSave(state.params),
+    params=ocp.args.StandardSave(state.params, save_args=chunks),
     optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
     data=ocp.args.JsonSave({"iterator": base64.b64encode(data).decode(), "tokens_seen": tokens_seen}),
   )

@@ -1,7 +1,14 @@
 """Converts a synthetic bfloat16 checkpoint from Hugging Face to ours and back: time, memory, and that no bit changed.
 
-python benchmarks/convert.py                     (mistral_7b: 14.5 GB; needs 45 GB of disk, all given back)
+python benchmarks/convert.py                     (mistral_7b: 14.5 GB; 7 minutes; needs 45 GB of disk, all given back)
 python benchmarks/convert.py --preset=300m
+
+On 2 shared CPU cores, mistral_7b:
+
+                        seconds   MB/s  peak GiB  limit GiB
+plain copy                 47.1    308      0.02       5.50
+Hugging Face to ours       75.1    193      1.09       5.50
+ours to Hugging Face       79.4    182      1.08       5.50
 """
 
 import json

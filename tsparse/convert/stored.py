@@ -142,7 +142,7 @@ def _write(leaf: Leaf, info: ocp.type_handlers.ParamInfo):
   """Writes a leaf; the next slice is read while the one before it is written."""
   compressor = {"id": "zstd", "level": 1} if info.use_compression else None
   metadata = {"chunks": chunk_shape(leaf), "compressor": compressor}
-  spec = _spec(info) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+  spec = _spec(info) | {"metadata": metadata, "store_data_equal_to_fill_value": True}  # Orbax refuses missing chunks
   dtype = ts.dtype(leaf.dtype.name)
   store = _written(ts.open(spec, dtype=dtype, shape=leaf.shape, create=True, context=info.ts_context))
   writing = None

@@ -19,16 +19,26 @@ OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exis
 FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.init) or hf (for transformers).")
 ACTIVATION = flags.DEFINE_string("activation", "", "Activation of the result. Default: the source's.")
 UPCYCLE = flags.DEFINE_integer("upcycle", 0, "Copies the FFN of a dense model into so many experts. 0: none.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "Of the weights written by --format=hf: float32 or bfloat16.")
+DTYPE = flags.DEFINE_string("dtype", "", "Of the weights written: float32 or bfloat16. Default: the source's.")
 
 
 def main():
   """Converts what the flags say."""
+  from rich.console import Console
+
   from tsparse.convert.convert import convert  # JAX is imported only once the flags are known to be good
 
   if not MODEL.value or not OUT.value:
     raise UserError("--model and --out are needed: give the model to convert and the folder to write.")
-  model = convert(Path(MODEL.value), Path(OUT.value), FORMAT.value, ACTIVATION.value, DTYPE.value, UPCYCLE.value)
+  model = convert(
+    Path(MODEL.value),
+    Path(OUT.value),
+    FORMAT.value,
+    activation=ACTIVATION.value,
+    dtype=DTYPE.value,
+    experts=UPCYCLE.value,
+    console=Console(),
+  )
   config = model.config
   print(f"{OUT.value}: {FORMAT.value}, {config.activation}, {config.num_layers} layers of {config.d_model}")
 

@@ -1,5 +1,7 @@
 """Files and folders written whole, and JSON that every reader accepts."""
 
+import fcntl
+import glob
 import json
 import math
 import os
@@ -9,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tsparse.errors import UserError
+from absl import logging
+
+from tsparse.errors import RunFailure, UserError
 
 
 def write(path: Path, content: str | bytes):
@@ -48,20 +52,58 @@ def check_new(out: Path):
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-  """A scratch folder beside `out` that becomes `out` when all went well, and is removed otherwise."""
+def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
+  """A scratch folder beside `out` that becomes `out` when all went well, and is removed otherwise.
+
+  Args:
+    out: must not exist, or be empty.
+    needed: bytes that will be written.
+
+  Raises:
+    UserError: `out` is in use or cannot be written, or its disk has less room.
+    RunFailure: an OSError came up inside.
+  """
   check_new(out)
   target = out.absolute()  # "." has no name
-  scratch = target.with_name(f".{target.name}.{os.getpid()}")
+  parent = target.parent
+  _remove_leftovers(parent, target.name)
+  free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free
+  if needed > free:
+    raise UserError(
+      f"--out={out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room, or give a folder "
+      "on another."
+    )
+  scratch = parent / f".{target.name}.{os.getpid()}.tsparse"
   try:
     scratch.mkdir(parents=True)
   except OSError as error:
     raise UserError(f"--out={out} cannot be written ({error.strerror}): give another folder.") from None
+  lock = os.open(scratch, os.O_RDONLY)  # the kernel frees it however the process ends
+  fcntl.flock(lock, fcntl.LOCK_EX)
   try:
     yield scratch
-    if target.exists():
-      target.rmdir()
     scratch.replace(target)
+  except OSError as error:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise RunFailure(
+      f"--out={out} could not be written ({error.strerror or error}) and is not there: make room, or give another."
+    ) from error
   except BaseException:
     shutil.rmtree(scratch, ignore_errors=True)
     raise
+  finally:
+    os.close(lock)
+
+
+def _remove_leftovers(parent: Path, name: str):
+  """Removes the scratch folders for `parent / name` whose writers were killed."""
+  for scratch in parent.glob(f".{glob.escape(name)}.*.tsparse"):
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      logging.warning("removing %s, left by a command that was killed", scratch)
+      shutil.rmtree(scratch, ignore_errors=True)
+    except BlockingIOError:  # its writer lives
+      pass
+    finally:
+      os.close(lock)

@@ -4,7 +4,15 @@ import math
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 
 
 class ProgressLine:
@@ -15,7 +23,7 @@ class ProgressLine:
     self._bar = Progress(
       TextColumn("{task.description}"),
       BarColumn(bar_width=None),
-      MofNCompleteColumn(),
+      *self._columns(),
       TextColumn("{task.fields[facts]}"),
       TimeRemainingColumn(),
       console=console,
@@ -30,9 +38,9 @@ class ProgressLine:
   def __exit__(self, *_):
     self._bar.stop()
 
-  def advance(self, facts: str):
-    """Shows that one more is done."""
-    self.update(int(self._bar.tasks[0].completed) + 1, facts)
+  def advance(self, facts: str = "", amount: int = 1):
+    """Shows that one more is done, or `amount` more."""
+    self.update(int(self._bar.tasks[0].completed) + amount, facts)
 
   def update(self, done: int, facts: str):
     """Shows that `done` of the total are done, with `facts` (loss and so on) beside it."""
@@ -40,4 +48,25 @@ class ProgressLine:
     now = time.monotonic()
     if not self._console.is_terminal and (now - self._printed > 10 or done == self._total):
       self._printed = now
-      self._console.print(f"{self._title}  {done}/{self._total}  {facts}", highlight=False)
+      self._console.print(f"{self._title}  {self._amounts(done)}  {facts}".rstrip(), highlight=False)
+
+  def _columns(self) -> list:
+    return [MofNCompleteColumn()]
+
+  def _amounts(self, done: int) -> str:
+    return f"{done}/{self._total}"
+
+
+class ByteProgressLine(ProgressLine):
+  """The same for work that is counted in bytes, with its speed."""
+
+  def __init__(self, console: Console, title: str, total: int):
+    super().__init__(console, title, 0, total)
+    self._start = time.monotonic()
+
+  def _columns(self) -> list:
+    return [DownloadColumn(), TransferSpeedColumn()]
+
+  def _amounts(self, done: int) -> str:
+    speed = done / max(1e-9, time.monotonic() - self._start)
+    return f"{done / 1e9:.2f}/{self._total / 1e9:.2f} GB  {speed / 1e6:.0f} MB/s"

@@ -1,66 +1,74 @@
 """From any M to a workdir of ours or to a Hugging Face directory, its activation swapped on the way if asked."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
+from rich.console import Console
 
-from tsparse import files, sharding
-from tsparse.convert import rules
+from tsparse import files
+from tsparse.convert import rules, stored
 from tsparse.convert.families import export_format
 from tsparse.convert.huggingface import copy_tokenizer, write_directory
+from tsparse.convert.leaf import Leaf, cast, counted
 from tsparse.convert.model import Model, open_model
 from tsparse.convert.upcycle import upcycle
 from tsparse.errors import UserError
-from tsparse.files import new_folder
-from tsparse.models.transformer import Transformer, abstract_parameters
-from tsparse.train import checkpoint
+from tsparse.progress import ByteProgressLine
 
 
 def convert(
-  source: Path, out: Path, format: str, activation: str = "", dtype: str = "float32", experts: int = 0
+  source: Path,
+  out: Path,
+  format: str,
+  activation: str = "",
+  dtype: str = "",
+  experts: int = 0,
+  console: Console | None = None,
 ) -> Model:
-  """Writes the model of `source` to the new folder `out` and returns it, reopened.
+  """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened.
+
+  In memory there is at most the largest parameter, as stored in `source`, and 2 GiB.
 
   Args:
     source: a Hugging Face directory or a workdir of ours.
     out: must not exist, or be empty.
     format: "tsparse" (a workdir, with which `config.init` starts) or "hf".
     activation: the activation of the result; "" keeps the source's.
-    dtype: float32 or bfloat16, of the weights written by "hf"; ours are float32.
+    dtype: float32 or bfloat16, of the weights written; "" keeps each as it is (float16 becomes float32).
     experts: above 0, a dense model is upcycled to so many experts.
+    console: where progress is shown; nowhere by default.
 
   Raises:
-    UserError: the source cannot be read, `out` is in use, or the format is unknown. Nothing is left behind.
+    UserError: the source cannot be read, `out` is in use or too small, or the format is unknown.
+    RunFailure: writing failed. Nothing is left behind, in either case.
   """
   if format not in WRITERS:
     raise UserError(f"--format={format} is unknown: choose one of {', '.join(WRITERS)}.")
-  if dtype not in ("float32", "bfloat16"):
-    raise UserError(f"--dtype={dtype} is unknown: choose float32 or bfloat16.")
+  if dtype not in ("", "float32", "bfloat16"):
+    raise UserError(f"--dtype={dtype} is unknown: choose float32 or bfloat16, or leave it out to keep the source's.")
   model = open_model(source)
+  leaves, tokens_seen = model.leaves()
   config = dataclasses.replace(model.config, activation=activation or model.config.activation)
-  params, tokens_seen = model.restore(_on_one_device(config))
   if experts:
-    config, params = upcycle(config, params, experts)
-  with new_folder(out) as folder:
+    config, leaves = upcycle(config, leaves, experts)
+  if dtype:
+    leaves = {name: cast(leaf, jnp.dtype(dtype)) for name, leaf in leaves.items()}
+  total = sum(leaf.nbytes for leaf in leaves.values())
+  with (
+    files.new_folder(out, total) as folder,
+    ByteProgressLine(console or Console(quiet=True), "converting", total) as bar,
+  ):
     if model.vocabulary != "bytes":
       copy_tokenizer(model.vocabulary, folder)
-    WRITERS[format](dataclasses.replace(model, config=config), params, tokens_seen, folder, dtype)
+    leaves = {name: counted(leaf, lambda amount: bar.advance(amount=amount)) for name, leaf in leaves.items()}
+    WRITERS[format](dataclasses.replace(model, config=config), leaves, tokens_seen, folder)
   return open_model(out)
 
 
-def _on_one_device(config) -> Any:
-  """Abstract parameters of a model, whole on the first device."""
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
-  shapes, logical = abstract_parameters(Transformer(config))
-  return checkpoint.abstract(shapes, sharding.shardings(mesh, logical))
-
-
-def _write_workdir(model: Model, params: Any, tokens_seen: int, folder: Path, dtype: str):
-  del dtype
+def _write_workdir(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, folder: Path):
   fields = dataclasses.asdict(model.config)
   record = {
     "name": f"converted from {model.path}",
@@ -68,18 +76,17 @@ def _write_workdir(model: Model, params: Any, tokens_seen: int, folder: Path, dt
     "model": fields,
     "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else "."},  # the tokenizer's files came along
   }
-  checkpoint.save_parameters(folder, params, tokens_seen)
+  stored.save(folder, leaves, tokens_seen)
   files.write(folder / "config.json", files.to_json(record))
 
 
-def _write_huggingface(model: Model, params: Any, tokens_seen: int, folder: Path, dtype: str):
+def _write_huggingface(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, folder: Path):
   del tokens_seen
-  flat = {sharding.path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
-  fields, mapping, modeling = export_format(model.config, dtype)
+  dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves.values()))
+  fields, mapping, modeling = export_format(model.config, dtype.name)
   if model.vocabulary == "bytes":
     fields["tsparse_vocabulary"] = "bytes"
-  tensors = rules.to_theirs(mapping, model.config, flat)
-  write_directory(folder, fields, ((name, x.astype(jnp.dtype(dtype))) for name, x in tensors), modeling)
+  write_directory(folder, fields, rules.to_theirs(mapping, model.config, leaves), modeling)
 
 
 WRITERS = {"tsparse": _write_workdir, "hf": _write_huggingface}

@@ -2,23 +2,40 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from tsparse import files
 from tsparse.convert import rules
-from tsparse.convert.families import IGNORED, read_config
+from tsparse.convert.families import HEAD, IGNORED, read_config
+from tsparse.convert.leaf import Leaf
 from tsparse.errors import UserError
 
 TOKENIZER_FILES = (
   "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
   "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-SHARD_BYTES = 4 * 1024**3
+SHARD_BYTES = 5 * 10**9  # as transformers writes them
+
+
+# dtype of safetensors -> ours; float16 has no place in our models, and float32 holds it exactly
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# dtype -> (all bits but the sign, the exponent's, which are all set in numbers that are not finite)
+BITS = {"float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80), "float32": (0x7FFF_FFFF, 0x7F80_0000)}
+
+
+class Stored(NamedTuple):
+  """What the header of a safetensors file says of a tensor."""
+
+  file: Path
+  shape: tuple[int, ...]
+  dtype: str  # a key of DTYPES, or another that is not supported
 
 
 class Directory:
@@ -39,39 +56,70 @@ class Directory:
       fields = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
       raise UserError(f"{folder}/config.json cannot be read ({error}): give a Hugging Face directory.") from None
-    self._where, shapes = _tensor_files(folder)
+    self._stored = _tensors(folder)
+    shapes = {name: tensor.shape for name, tensor in self._stored.items()}
     self._rules, self.config = read_config(fields, shapes)
     self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
-    ignored = [*IGNORED, *(["lm_head.weight"] if self.config.tie_embeddings else [])]
-    rules.check_names(self._rules, self.config, self._where, ignored)
+    ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
+    rules.check_names(self._rules, self.config, self._stored, ignored)
 
   @property
-  def dtype(self) -> str:
-    """The dtype of the stored weights."""
-    return str(self.read("model.embed_tokens.weight").dtype)
+  def names(self) -> set[str]:
+    """Of all tensors."""
+    return set(self._stored)
+
+  def leaves(self) -> dict[str, Leaf]:
+    """Our parameters, path -> Leaf.
+
+    Raises:
+      UserError: a tensor has another shape than the config says or a dtype that is not supported, or tied embeddings
+        are not equal. Reading a slice raises when the file is damaged there.
+    """
+    names = [name for rule in self._rules for _, name in rules.sources(rule, self.config)]
+    for name in names:
+      if self._stored[name].dtype not in DTYPES:
+        dtype = self._stored[name].dtype
+        raise UserError(f"tensor {name} is stored as {dtype}; only float32, float16 and bfloat16 are supported.")
+    self._check_tied()
+    stored = {name: (self._stored[name].shape, DTYPES[self._stored[name].dtype]) for name in names}
+    return rules.to_ours(self._rules, self.config, stored, self.read)
+
+  def _check_tied(self):
+    embedding, head = next(rule.theirs for rule in self._rules if rule.ours == "embed"), HEAD.theirs
+    tied = self.config.tie_embeddings and head in self._stored
+    if tied and not np.array_equal(self._load(embedding), self._load(head)):
+      raise UserError(
+        f"config.json says tie_word_embeddings, and {head} is not equal to {embedding}: set it to false in config.json "
+        "to keep both, or take the tensor away."
+      )
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor as stored."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-      with safe_open(self._where[name], framework="np") as file:
-        tensor = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-      raise UserError(f"{self._where[name]} is damaged ({error}): fetch it again.") from None
-    if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
-      raise UserError(f"tensor {name} is stored as {tensor.dtype}; only float32, float16 and bfloat16 are supported.")
-    if not np.isfinite(tensor.astype(np.float32)).all():
-      logging.warning("tensor %s of %s holds values that are not finite", name, self._where[name])
+    """One tensor as stored; a warning says when it holds values that are not finite."""
+    tensor = self._load(name)
+    if not finite(tensor):
+      logging.warning("tensor %s of %s holds values that are not finite", name, self._stored[name].file)
     return tensor
 
-  def parameters(self) -> Iterable[tuple[str, np.ndarray]]:
-    """Yields (path, float32 parameter) of our tree."""
-    return rules.to_ours(self._rules, self.config, self.read)
+  def _load(self, name: str) -> np.ndarray:
+    from safetensors import SafetensorError, safe_open
+
+    file = self._stored[name].file
+    try:
+      with safe_open(file, framework="np") as opened:  # for each tensor: mapped pages are given back when it closes
+        return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+      raise UserError(f"{file} is damaged ({error}): fetch it again.") from None
 
 
-def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-  """Name of every tensor -> the safetensors file that holds it, and its shape."""
+def finite(tensor: np.ndarray) -> bool:
+  """Whether all values are finite; by their bits, which for bfloat16 is twice as fast as NumPy."""
+  magnitude, exponent = BITS[tensor.dtype.name]
+  bits = tensor.view(f"u{tensor.itemsize}")
+  return not bits.size or (bits & bits.dtype.type(magnitude)).max() < exponent
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+  """Every tensor in the safetensors files of a directory."""
   from safetensors import SafetensorError, safe_open
 
   index = folder / "model.safetensors.index.json"
@@ -94,17 +142,18 @@ def _tensor_files(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, .
         "elsewhere, by transformers' `save_pretrained(folder, safe_serialization=True)`."
       )
     raise UserError(f"{folder} holds no .safetensors file: give a whole Hugging Face directory.")
-  where, shapes = {}, {}
+  stored = {}
   for shard in shards:
     try:
       with safe_open(shard, framework="np") as file:
-        where.update(dict.fromkeys(file.keys(), shard))
-        shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+          header = file.get_slice(name)
+          stored[name] = Stored(shard, tuple(header.get_shape()), header.get_dtype())
     except FileNotFoundError:
       raise UserError(f"{shard} is missing and {index.name} names it: fetch it.") from None
     except (SafetensorError, OSError) as error:
       raise UserError(f"{shard} is damaged ({error}): fetch it again.") from None
-  return where, shapes
+  return stored
 
 
 def copy_tokenizer(vocabulary: str, target: Path):
@@ -125,42 +174,52 @@ def copy_tokenizer(vocabulary: str, target: Path):
     files.write(target / "generation_config.json", files.to_json(ends))
 
 
-def write_directory(
-  folder: Path, fields: dict[str, Any], tensors: Iterable[tuple[str, np.ndarray]], modeling: dict[str, str]
-):
+def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, Leaf], modeling: dict[str, str]):
   """Writes a Hugging Face directory; config.json comes last, so that half a directory is never taken for a whole.
 
   Args:
-    folder: exists and is empty.
+    folder: exists and holds no model.
     fields: of config.json.
-    tensors: (name, array) pairs, consumed one shard at a time.
+    tensors: name -> Leaf of depth 0; one is in memory at a time.
     modeling: name -> text of Python files that go with it.
+
+  Raises:
+    OSError: the disk is full, or fails otherwise.
   """
-  from safetensors.numpy import save_file
-
-  shards: list[list[str]] = []
-  held: dict[str, np.ndarray] = {}
-  total = 0
-
-  def flush():
-    save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-    shards.append(list(held))
-    held.clear()
-
-  for name, tensor in tensors:
-    if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > SHARD_BYTES:
-      flush()
-    held[name] = tensor
-    total += tensor.nbytes
-  flush()
+  shards: list[dict[str, Leaf]] = [{}]
+  for name, tensor in tensors.items():
+    if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+      shards.append({})
+    shards[-1][name] = tensor
   weight_map = {}
-  for i, names in enumerate(shards):
-    final = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    (folder / f"shard-{i}.safetensors").replace(folder / final)
-    weight_map.update(dict.fromkeys(names, final))
+  for i, shard in enumerate(shards):
+    file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    write_safetensors(folder / file, shard)
+    weight_map.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
     files.write(folder / "model.safetensors.index.json", files.to_json(index))
   for name, text in modeling.items():
     files.write(folder / name, text)
   files.write(folder / "config.json", files.to_json(fields))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Leaf]):
+  """Writes a safetensors file tensor by tensor; the library wants them all in memory.
+
+  The format: the length of the header in 8 bytes, little-endian; the header, JSON that says of each tensor its dtype,
+  shape and place in the rest; the rest, without gaps. As the library does, wider dtypes come first and spaces end the
+  header, so that every tensor is aligned.
+  """
+  ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: else in the order given
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, tensor in ordered:
+    start, end = end, end + tensor.nbytes
+    header[name] = {"dtype": DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+      file.write(tensor.read(()).reshape(-1).view(np.uint8).data)

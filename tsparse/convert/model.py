@@ -1,14 +1,16 @@
 """One loader for every M of the command line: a Hugging Face directory, or a workdir of ours."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tsparse import workdir as workdirs
+from tsparse.convert import stored
 from tsparse.convert.huggingface import Directory
+from tsparse.convert.leaf import Leaf, whole
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 from tsparse.sharding import path_name
@@ -25,6 +27,7 @@ class Model:
     vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
     step: of the checkpoint; 0 for Hugging Face.
     restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
+    leaves: () -> (path of each parameter -> Leaf, which reads it slice by slice, the same tokens).
   """
 
   path: Path
@@ -32,6 +35,7 @@ class Model:
   vocabulary: str
   step: int
   restore: Callable[[Any], tuple[Any, int]]
+  leaves: Callable[[], tuple[dict[str, Leaf], int]]
 
 
 def open_model(path: Path, step: int | None = None) -> Model:
@@ -43,7 +47,14 @@ def open_model(path: Path, step: int | None = None) -> Model:
   fields = workdirs.read_config(path)
   if "model_type" in fields:
     directory = Directory(path)
-    return Model(path, directory.config, directory.vocabulary, 0, lambda target: (_place(directory, target), 0))
+    return Model(
+      path,
+      directory.config,
+      directory.vocabulary,
+      step=0,
+      restore=lambda target: (_place(directory.leaves(), target), 0),
+      leaves=lambda: (directory.leaves(), 0),
+    )
   try:
     config = ModelConfig(**fields["model"], activation=fields["activation"])
     vocabulary = fields["data"]["vocabulary"]
@@ -52,12 +63,20 @@ def open_model(path: Path, step: int | None = None) -> Model:
   inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
   vocabulary = str(inside) if inside.exists() else vocabulary
   step = checkpoint.latest_step(path) if step is None else step
-  return Model(path, config, vocabulary, step, lambda target: checkpoint.restore_parameters(path, step, target))
+  return Model(
+    path,
+    config,
+    vocabulary,
+    step,
+    restore=lambda target: checkpoint.restore_parameters(path, step, target),
+    leaves=lambda: stored.read(path, step, config),
+  )
 
 
-def _place(directory: Directory, target: Any) -> Any:
-  """The parameters of a Hugging Face directory as arrays with the shardings of `target`, one at a time."""
-  paths, structure = jax.tree_util.tree_flatten_with_path(target)
-  wanted = {path_name(path): leaf for path, leaf in paths}
-  placed = {name: jax.device_put(array, wanted[name].sharding) for name, array in directory.parameters()}
-  return jax.tree_util.tree_unflatten(structure, [placed[name] for name in wanted])
+def _place(leaves: Mapping[str, Leaf], target: Any) -> Any:
+  """The parameters as arrays with the dtypes and shardings of `target`; one at a time is whole on this host."""
+
+  def place(path: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(whole(leaves[path_name(path)], wanted.dtype), wanted.sharding)
+
+  return jax.tree_util.tree_map_with_path(place, target)

@@ -8,13 +8,16 @@ A rule says which tensors of theirs fill one parameter of ours, and how a tensor
 right the pattern is the import, from right to left the export; letters have the sizes of the model.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 
+from tsparse.convert.leaf import Index, Leaf, contiguous
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 
@@ -67,46 +70,63 @@ def check_names(rules: Iterable[Rule], config: ModelConfig, names: Iterable[str]
 
 
 def to_ours(
-  rules: Iterable[Rule], config: ModelConfig, read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (path, float32 parameter), each stacked over layers and experts.
+  rules: Iterable[Rule],
+  config: ModelConfig,
+  stored: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  read: Callable[[str], np.ndarray],
+) -> dict[str, Leaf]:
+  """Our parameters, path -> Leaf; a slice of one reads one of their tensors.
 
   Args:
     rules: of the family.
     config: the model.
+    stored: name of theirs -> (shape, dtype); a parameter has the narrowest dtype that holds all its tensors exactly.
     read: name of theirs -> array.
 
   Raises:
     UserError: a tensor has another shape than the config says.
   """
-  for rule in rules:
-    theirs, ours = rule.pattern.split(" -> ")
-    stack = tuple(max(i) + 1 for i in zip(*(index for index, _ in sources(rule, config)), strict=True))
-    parameter = np.zeros(stack + shape(ours, sizes(rule, config)), np.float32)
-    for index, name in sources(rule, config):
-      tensor = read(name)
-      lengths = sizes(rule, config, index)
-      if tensor.shape != shape(theirs, lengths):
-        raise UserError(
-          f"tensor {name} has shape {tensor.shape} and config.json makes it {shape(theirs, lengths)}: the "
-          "checkpoint is of another model."
-        )
-      tensor = einops.rearrange(tensor, rule.pattern, **letters(rule.pattern, lengths))
-      parameter[*index, *map(slice, tensor.shape)] = tensor  # a smaller predictor is padded with zeros
-    yield rule.ours, parameter
+  return {rule.ours: _leaf(rule, config, stored, read) for rule in rules}
 
 
-def to_theirs(
-  rules: Iterable[Rule], config: ModelConfig, parameters: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (their name, tensor), the inverse of `to_ours`."""
-  for rule in rules:
-    theirs, ours = rule.pattern.split(" -> ")
-    for index, name in sources(rule, config):
-      lengths = sizes(rule, config, index)
-      tensor = parameters[rule.ours][*index, *map(slice, shape(ours, lengths))]
-      tensor = einops.rearrange(tensor, f"{ours} -> {theirs}", **letters(rule.pattern, lengths))
-      yield name, np.ascontiguousarray(tensor)
+def _leaf(rule: Rule, config: ModelConfig, stored: Mapping, read: Callable[[str], np.ndarray]) -> Leaf:
+  theirs, ours = rule.pattern.split(" -> ")
+  names = dict(sources(rule, config))
+  for index, name in names.items():
+    expected = shape(theirs, sizes(rule, config, index))
+    if stored[name][0] != expected:
+      raise UserError(
+        f"tensor {name} has shape {stored[name][0]} and config.json makes it {expected}: the checkpoint is of another "
+        "model."
+      )
+  stack = tuple(max(i) + 1 for i in zip(*names, strict=True))
+  inner = tuple(max(n) for n in zip(*(shape(ours, sizes(rule, config, index)) for index in names), strict=True))
+  dtype = np.dtype(functools.reduce(jnp.promote_types, (stored[name][1] for name in names.values())))
+
+  def read_slice(index: Index) -> np.ndarray:
+    part = einops.rearrange(read(names[index]), rule.pattern, **letters(rule.pattern, sizes(rule, config, index)))
+    part = contiguous(part).astype(dtype, copy=False)
+    return np.pad(part, [(0, n - m) for n, m in zip(inner, part.shape, strict=True)]) if part.shape != inner else part
+
+  return Leaf(stack + inner, dtype, len(stack), read_slice)
+
+
+def to_theirs(rules: Iterable[Rule], config: ModelConfig, parameters: Mapping[str, Leaf]) -> dict[str, Leaf]:
+  """Their tensors, name -> Leaf that nothing is stacked in: the inverse of `to_ours`."""
+  return {
+    name: _tensor(rule, config, index, parameters[rule.ours]) for rule in rules for index, name in sources(rule, config)
+  }
+
+
+def _tensor(rule: Rule, config: ModelConfig, index: Index, parameter: Leaf) -> Leaf:
+  theirs, ours = rule.pattern.split(" -> ")
+  lengths = sizes(rule, config, index)
+
+  def read(_: Index) -> np.ndarray:
+    part = parameter.at(index)[tuple(map(slice, shape(ours, lengths)))]
+    return contiguous(einops.rearrange(part, f"{ours} -> {theirs}", **letters(rule.pattern, lengths)))
+
+  return Leaf(shape(theirs, lengths), parameter.dtype, 0, read)
 
 
 def letters(pattern: str, lengths: Mapping[str, int]) -> dict[str, int]:

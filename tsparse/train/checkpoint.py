@@ -5,6 +5,7 @@ WORKDIR/checkpoints/STEP/{params, optimizer, data}      beside the WORKDIR's con
 
 import base64
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import orbax.checkpoint as ocp
 from tsparse.errors import UserError
 from tsparse.train.step import TrainState
 
-# Orbax warns of each item of a checkpoint that it was not asked for.
-logging.getLogger("absl").addFilter(lambda record: "could not be restored" not in str(record.msg))
+# Orbax warns of each item of a checkpoint that it was not asked for, and of leaves, that they are no jax.Array.
+QUIET = ("could not be restored", "No jax.Array in TypeHandlerRegistry", "Skipping merge of OCDBT checkpoints")
+logging.getLogger("absl").addFilter(lambda record: not any(text in str(record.msg) for text in QUIET))
+
+# Of parameters. Left to itself Orbax makes them 2 GB, and whoever reads one holds it several times.
+CHUNK_BYTES = 64 * 1024**2
 
 
 def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
@@ -26,12 +31,18 @@ def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
   return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def reader(workdir: Path) -> ocp.CheckpointManager:
-  """The checkpoints of a workdir, to read: nothing there is changed, whoever may be writing."""
+def reader(workdir: Path, handlers: Mapping[str, ocp.CheckpointHandler] | None = None) -> ocp.CheckpointManager:
+  """The checkpoints of a workdir, to read: nothing there is changed, whoever may be writing.
+
+  Args:
+    workdir: of ours.
+    handlers: of the items; default those of Orbax for the arguments of `restore`.
+  """
   folder = (workdir / "checkpoints").absolute()
   if not folder.is_dir():
     raise UserError(f"{workdir} holds no checkpoint: train it first.")
-  return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
+  options = ocp.CheckpointManagerOptions(create=False)
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def latest_step(workdir: Path) -> int:
@@ -52,21 +63,13 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: bytes, tok
     data: state of the iterator that gave that step's batch.
     tokens_seen: tokens the model was trained on so far, those before its `init` included.
   """
+  chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state.params)
   arguments = ocp.args.Composite(
-    params=ocp.args.StandardSave(state.params),
+    params=ocp.args.StandardSave(state.params, save_args=chunks),
     optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
     data=ocp.args.JsonSave({"iterator": base64.b64encode(data).decode(), "tokens_seen": tokens_seen}),
   )
   checkpoints.save(int(state.step), args=arguments)
-
-
-def save_parameters(workdir: Path, params: Any, tokens_seen: int):
-  """Writes `params` alone as step 0 of a workdir, a start for others, and waits until it is there."""
-  arguments = ocp.args.Composite(
-    params=ocp.args.StandardSave(params), data=ocp.args.JsonSave({"tokens_seen": tokens_seen})
-  )
-  with manager(workdir, keep=1) as checkpoints:
-    checkpoints.save(0, args=arguments)
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -> tuple[TrainState, bytes, int]:
@@ -86,11 +89,21 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -
 def restore_parameters(workdir: Path, step: int, target: Any) -> tuple[Any, int]:
   """The parameters of a step, with the shapes and shardings of `target`, and the tokens they have seen."""
   arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-  with reader(workdir) as checkpoints:
+  found = restore_items(workdir, step, arguments)
+  return found["params"], found["data"]["tokens_seen"]
+
+
+def restore_items(
+  workdir: Path,
+  step: int,
+  arguments: ocp.args.Composite,
+  handlers: Mapping[str, ocp.CheckpointHandler] | None = None,
+) -> Any:
+  """The items of a step, by Orbax's arguments; UserError when the step is gone."""
+  with reader(workdir, handlers) as checkpoints:
     if step not in checkpoints.all_steps():
       raise UserError(f"{workdir} no longer holds the checkpoint of step {step}: it has trained on since.")
-    found = checkpoints.restore(step, args=arguments)
-  return found["params"], found["data"]["tokens_seen"]
+    return checkpoints.restore(step, args=arguments)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

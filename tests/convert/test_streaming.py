@@ -120,20 +120,21 @@ def test_dtypes_are_kept_leaf_by_leaf_and_cast_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["tsparse", "hf"])
-def test_no_more_than_three_slices_are_held_while_a_model_is_written(form, tmp_path):
+def test_no_more_than_three_slices_or_a_file_of_them_are_held_while_a_model_is_written(form, tmp_path, monkeypatch):
   """The one being read, the one being written and the one that Python has not let go of."""
-  alive, most = set(), 0
+  monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
+  alive, most, largest = {}, 0, 0
 
   class Part(np.ndarray):  # can be referenced weakly
     pass
 
   def watched(leaf):
     def read(index):
-      nonlocal most
+      nonlocal most, largest
       part = np.array(leaf.read(index)).view(Part)
-      alive.add(id(part))
-      weakref.finalize(part, alive.discard, id(part))
-      most = max(most, len(alive))
+      alive[id(part)] = part.nbytes
+      weakref.finalize(part, alive.pop, id(part))
+      most, largest = max(most, sum(alive.values())), max(largest, part.nbytes)
       return part
 
     return dataclasses.replace(leaf, read=read)
@@ -145,7 +146,7 @@ def test_no_more_than_three_slices_are_held_while_a_model_is_written(form, tmp_p
     fields, mapping, modeling = export_format(CONFIG, "bfloat16")
     huggingface.write_directory(tmp_path, fields, rules.to_theirs(mapping, CONFIG, watching), modeling)
   gc.collect()
-  assert not alive and most <= 3
+  assert not alive and most <= 3 * largest + (40_000 if form == "hf" else 0)
 
 
 def test_shards_of_hugging_face_are_written_when_they_are_full(theirs, tmp_path, monkeypatch):
@@ -230,19 +231,6 @@ def test_part_of_a_leaf_at_any_index():
     leaf = Leaf(x.shape, x.dtype, depth, x.__getitem__)
     for index in ((), (1,), (1, 2), (1, 2, 3)):
       np.testing.assert_array_equal(leaf.at(index), x[index])
-
-
-def test_what_the_library_writes_and_what_we_write_is_the_same(tmp_path):
-  from safetensors.numpy import load_file, save_file
-
-  rng = np.random.default_rng(0)
-  tensors = {f"a{i}": rng.standard_normal((3, i + 1)).astype(dtype) for i, dtype in enumerate([BFLOAT16, "f4", "f2"])}
-  save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-  huggingface.write_safetensors(tmp_path / "ours", leaves(tensors))
-  theirs, ours = load_file(tmp_path / "theirs"), load_file(tmp_path / "ours")
-  expect(ours, theirs)
-  assert all(ours[name].dtype == x.dtype for name, x in theirs.items())
-  assert int.from_bytes((tmp_path / "ours").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_a_head_that_is_not_the_tied_embedding_is_refused(tmp_path):

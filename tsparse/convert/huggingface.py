@@ -20,12 +20,11 @@ TOKENIZER_FILES = (
   "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
   "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-SHARD_BYTES = 5 * 10**9  # as transformers writes them
+SHARD_BYTES = 10**9  # safetensors wants all tensors of a file in memory
 
 
 # dtype of safetensors -> ours; float16 has no place in our models, and float32 holds it exactly
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # dtype -> (all bits but the sign, the exponent's, which are all set in numbers that are not finite)
 BITS = {"float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80), "float32": (0x7FFF_FFFF, 0x7F80_0000)}
 
@@ -180,12 +179,15 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
   Args:
     folder: exists and holds no model.
     fields: of config.json.
-    tensors: name -> Leaf of depth 0; one is in memory at a time.
+    tensors: name -> Leaf of depth 0; those of one file are in memory at a time.
     modeling: name -> text of Python files that go with it.
 
   Raises:
     OSError: the disk is full, or fails otherwise.
   """
+  from safetensors import SafetensorError
+  from safetensors.numpy import save_file
+
   shards: list[dict[str, Leaf]] = [{}]
   for name, tensor in tensors.items():
     if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
@@ -194,7 +196,10 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
   weight_map = {}
   for i, shard in enumerate(shards):
     file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    write_safetensors(folder / file, shard)
+    try:
+      save_file({name: leaf.read(()) for name, leaf in shard.items()}, folder / file, metadata={"format": "pt"})
+    except SafetensorError as error:
+      raise OSError(str(error)) from error
     weight_map.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
@@ -202,24 +207,3 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
   for name, text in modeling.items():
     files.write(folder / name, text)
   files.write(folder / "config.json", files.to_json(fields))
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Leaf]):
-  """Writes a safetensors file tensor by tensor; the library wants them all in memory.
-
-  The format: the length of the header in 8 bytes, little-endian; the header, JSON that says of each tensor its dtype,
-  shape and place in the rest; the rest, without gaps. As the library does, wider dtypes come first and spaces end the
-  header, so that every tensor is aligned.
-  """
-  ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: else in the order given
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-  end = 0
-  for name, tensor in ordered:
-    start, end = end, end + tensor.nbytes
-    header[name] = {"dtype": DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  with path.open("wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-      file.write(tensor.read(()).reshape(-1).view(np.uint8).data)

@@ -199,7 +199,7 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
     try:
       save_file({name: leaf.read(()) for name, leaf in shard.items()}, folder / file, metadata={"format": "pt"})
     except SafetensorError as error:
-      raise OSError(str(error)) from error
+      raise OSError(str(error).rpartition(": ")[2]) from error
     weight_map.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}

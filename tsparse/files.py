@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from rich.filesize import decimal
 
 from tsparse.errors import RunFailure, UserError
 
@@ -70,8 +71,8 @@ def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
   free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free
   if needed > free:
     raise UserError(
-      f"--out={out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room, or give a folder "
-      "on another."
+      f"--out={out} needs {decimal(needed)} and its disk has {decimal(free)} left: make room, or give a folder on "
+      "another."
     )
   scratch = parent / f".{target.name}.{os.getpid()}.tsparse"
   try:

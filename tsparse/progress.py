@@ -4,6 +4,7 @@ import math
 import time
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -69,4 +70,4 @@ class ByteProgressLine(ProgressLine):
 
   def _amounts(self, done: int) -> str:
     speed = done / max(1e-9, time.monotonic() - self._start)
-    return f"{done / 1e9:.2f}/{self._total / 1e9:.2f} GB  {speed / 1e6:.0f} MB/s"
+    return f"{decimal(done)} of {decimal(self._total)}  {decimal(int(speed))}/s"

@@ -29,14 +29,15 @@ def run(*arguments, script="run.py"):
   )
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-  probe = "import runpy, sys\ntry: runpy.run_path('experiments/run.py', run_name='__main__')\nexcept SystemExit as e: assert e.code == 0\n"  # noqa: E501
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "experiments").glob("*.py")))
+def test_help_is_quick_and_imports_nothing_heavy(script):
+  probe = f"import runpy, sys\nsys.argv = ['experiments/{script}', '--help']\n"
+  probe += "try: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as e: assert e.code == 0\n"
   probe += "print({'jax', 'tensorflow', 'torch', 'matplotlib', 'rich'} & set(sys.modules))"
   done = subprocess.run(
-    [sys.executable, "-c", f"import sys; sys.argv = ['experiments/run.py', '--help']\n{probe}"],
-    cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
-  )  # fmt: skip
-  assert "--config=configs/tiny_relufy.py" in done.stdout and done.stdout.endswith("set()\n"), done.stderr
+    [sys.executable, "-c", probe], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+  )
+  assert f"python experiments/{script} --" in done.stdout and done.stdout.endswith("set()\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path
   assert done.returncode == 2 and sentence in done.stderr, done.stderr
   assert "Traceback" not in done.stderr and done.stderr.startswith("error: ")
   assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ([], "--model, --data and --out are needed"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--levels=half"], "--levels=half"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--tokens=0"], "--tokens=0"),
+    (["--model=nowhere", "--model=here", "--data=nothing.jsonl"], "nowhere holds no model"),
+  ],
+)
+def test_bad_input_to_an_analysis_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):
+  done = run(*arguments, f"--out={tmp_path}/out/here", script="analyze.py")
+  assert done.returncode == 2 and sentence in done.stderr and not list(tmp_path.iterdir())
+  assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
 def readme_commands():
@@ -93,7 +109,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     result = run(*words[2:], script=script)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     done.append(script)
-  assert done.count("run.py") > 7 and done.count("convert.py") == 2
+  assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 1
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if f"configs/{name}.py" not in str(list(readme_commands()))])

@@ -19,7 +19,7 @@ DEFINITIONS = {
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
   "activated": ACTIVATED_DEFINITION,
-  "trained_tokens": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
+  "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted",
 }
 

@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
   "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
   "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
-SHARD_BYTES = 10**9  # safetensors wants all tensors of a file in memory
+SHARD_BYTES = 5 * 10**8  # of a file: safetensors wants all its tensors in memory
 
 
 # dtype of safetensors -> ours; float16 has no place in our models, and float32 holds it exactly

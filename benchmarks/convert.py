@@ -3,12 +3,12 @@
 python benchmarks/convert.py                     (mistral_7b: 14.5 GB; 7 minutes; needs 45 GB of disk, all given back)
 python benchmarks/convert.py --preset=300m
 
-On 2 shared CPU cores, mistral_7b:
+On 2 CPU cores, mistral_7b:
 
                         seconds   MB/s  peak GiB  limit GiB
-plain copy                 47.1    308      0.02       5.50
-Hugging Face to ours       75.1    193      1.09       5.50
-ours to Hugging Face       79.4    182      1.08       5.50
+plain copy                 21.9    663      0.02       5.50
+Hugging Face to ours       60.7    238      1.02       5.50
+ours to Hugging Face       59.8    242      1.24       5.50
 """
 
 import json

@@ -132,129 +132,24 @@ def _replace_ffn(model, config):
   model.post_init()
 
 
-class TsparseLlamaConfig(LlamaConfig):
-  """LlamaConfig with `ffn_activation`."""
-
-  model_type = "tsparse_llama"
-
-
-class TsparseMistralConfig(MistralConfig):
-  """MistralConfig with `ffn_activation`."""
-
-  model_type = "tsparse_mistral"
-
-
-class TsparseMixtralConfig(MixtralConfig):
-  """MixtralConfig with `ffn_activation`."""
-
-  model_type = "tsparse_mixtral"
-
-
-class TsparseLlamaForCausalLM(LlamaForCausalLM):
-  """Llama with the FFN of `config.ffn_activation`."""
-
-  config_class = TsparseLlamaConfig
+def _sparse(model_type, config_class, model_class):
+  """Config and model of a family, with the FFNs that `config.ffn_activation` and `config.predictor_ranks` say."""
 
   def __init__(self, config):
-    super().__init__(config)
+    model_class.__init__(self, config)
     _replace_ffn(self, config)
 
-
-class TsparseMistralForCausalLM(MistralForCausalLM):
-  """Mistral with the FFN of `config.ffn_activation`."""
-
-  config_class = TsparseMistralConfig
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
+  name = "Tsparse" + model_type.removeprefix("tsparse_").replace("_", " ").title().replace(" ", "")
+  config = type(f"{name}Config", (config_class,), {"model_type": model_type})
+  return config, type(f"{name}ForCausalLM", (model_class,), {"__init__": __init__, "config_class": config})
 
 
-class TsparseMixtralForCausalLM(MixtralForCausalLM):
-  """Mixtral with the experts of `config.ffn_activation`."""
-
-  config_class = TsparseMixtralConfig
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
-
-
-class TsparseQwen2Config(Qwen2Config):
-  """Qwen2Config with `ffn_activation`."""
-
-  model_type = "tsparse_qwen2"
-
-
-class TsparseGemma2Config(Gemma2Config):
-  """Gemma2Config with `ffn_activation`."""
-
-  model_type = "tsparse_gemma2"
-
-
-class TsparseGemma2ForCausalLM(Gemma2ForCausalLM):
-  """Gemma 2 with the FFN of `config.ffn_activation`."""
-
-  config_class = TsparseGemma2Config
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
-
-
-class TsparseOlmoeConfig(OlmoeConfig):
-  """OlmoeConfig with `ffn_activation`."""
-
-  model_type = "tsparse_olmoe"
-
-
-class TsparseQwen2ForCausalLM(Qwen2ForCausalLM):
-  """Qwen2 with the FFN of `config.ffn_activation`."""
-
-  config_class = TsparseQwen2Config
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
-
-
-class TsparseOlmoeForCausalLM(OlmoeForCausalLM):
-  """OLMoE with the experts of `config.ffn_activation`."""
-
-  config_class = TsparseOlmoeConfig
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
-
-
-class TsparseQwen2MoeConfig(Qwen2MoeConfig):
-  """Qwen2MoeConfig with `ffn_activation`."""
-
-  model_type = "tsparse_qwen2_moe"
-
-
-class TsparseQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
-  """Qwen2-MoE with the experts of `config.ffn_activation`."""
-
-  config_class = TsparseQwen2MoeConfig
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
-
-
-class TsparseDeepseekConfig(LlamaConfig):
-  """LlamaConfig with the experts of DeepSeek-MoE (v1) and `ffn_activation`."""
-
-  model_type = "tsparse_deepseek"
-
-
-class TsparseDeepseekForCausalLM(LlamaForCausalLM):
-  """DeepSeek-MoE (v1): Llama's attention, shared experts, the first layers dense."""
-
-  config_class = TsparseDeepseekConfig
-
-  def __init__(self, config):
-    super().__init__(config)
-    _replace_ffn(self, config)
+TsparseLlamaConfig, TsparseLlamaForCausalLM = _sparse("tsparse_llama", LlamaConfig, LlamaForCausalLM)
+TsparseMistralConfig, TsparseMistralForCausalLM = _sparse("tsparse_mistral", MistralConfig, MistralForCausalLM)
+TsparseQwen2Config, TsparseQwen2ForCausalLM = _sparse("tsparse_qwen2", Qwen2Config, Qwen2ForCausalLM)
+TsparseGemma2Config, TsparseGemma2ForCausalLM = _sparse("tsparse_gemma2", Gemma2Config, Gemma2ForCausalLM)
+TsparseMixtralConfig, TsparseMixtralForCausalLM = _sparse("tsparse_mixtral", MixtralConfig, MixtralForCausalLM)
+TsparseOlmoeConfig, TsparseOlmoeForCausalLM = _sparse("tsparse_olmoe", OlmoeConfig, OlmoeForCausalLM)
+TsparseQwen2MoeConfig, TsparseQwen2MoeForCausalLM = _sparse("tsparse_qwen2_moe", Qwen2MoeConfig, Qwen2MoeForCausalLM)
+# DeepSeek-MoE (v1) has no class in transformers: Llama's attention, shared experts, the first layers dense.
+TsparseDeepseekConfig, TsparseDeepseekForCausalLM = _sparse("tsparse_deepseek", LlamaConfig, LlamaForCausalLM)

@@ -11,7 +11,9 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("default", "repeat"))
+CONFIGS = sorted(
+  path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("default", "repeat", "relufy")
+)
 SMALL = [
   "--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.d_ff=64", "--config.model.head_dim=8",
   "--config.train.seq_len=64", "--config.train.batch_size=4", "--config.train.warmup_steps=5",
@@ -54,6 +56,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
     (["--config=README.md"], "cannot be loaded"),
     (["--config=tsparse/errors.py"], "needs a get_config()"),
     (["--config=configs/repeat.py:/tmp"], "holds no model"),
+    (["--config=configs/relufy.py:/tmp"], "holds no model"),
     (["--config=configs/tiny_drelu.py", "--config.activation=dreul"], "Did you mean 'drelu'"),
     (["--config=configs/mixtral_drelu.py"], "try --config=configs/tiny_moe_drelu.py"),
   ],

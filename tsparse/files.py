@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from rich.filesize import decimal
 
 from tsparse.errors import RunFailure, UserError
 
@@ -70,6 +69,8 @@ def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
   _remove_leftovers(parent, target.name)
   free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free
   if needed > free:
+    from rich.filesize import decimal  # --help is quick without it
+
     raise UserError(
       f"--out={out} needs {decimal(needed)} and its disk has {decimal(free)} left: make room, or give a folder on "
       "another."

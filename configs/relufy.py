@@ -2,9 +2,9 @@
 
   python experiments/run.py --config=configs/relufy.py:MODEL --config.data.train=TEXTS
 
-MODEL is a Hugging Face directory or a workdir of ours. What to set for yours: train.steps (tokens decide how much of the
-quality comes back), train.seq_len, train.batch_size, train.learning_rate (Turbo Sparse took 5e-5 for 7B parameters; 2e-3
-suits 0.3M), and model.dtype=bfloat16 on an accelerator.
+MODEL is a Hugging Face directory or a workdir of ours. What to set for yours: train.steps (tokens decide how much of
+the quality comes back), train.seq_len, train.batch_size, train.learning_rate (Turbo Sparse took 5e-5 for 7B parameters;
+2e-3 suits 0.3M), and model.dtype=bfloat16 on an accelerator.
 """
 
 import dataclasses

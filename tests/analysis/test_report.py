@@ -46,6 +46,7 @@ CASES = {
   ),
   "single": analysis(model("trained", "relu", 7.25, 0.6, LEVELS)),
   "moe": analysis(model("trained", "drelu", 7.25, 0.6, LEVELS, experts=8)),
+  "many": analysis(*(model(f"runs/turbosparse_{i}", "drelu", 7.25, 0.6, LEVELS, trained_tokens=i) for i in range(5))),
   "broken": analysis(model("trained", "drelu", float("inf"), float("nan"), LEVELS)),
 }
 

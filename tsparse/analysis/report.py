@@ -17,12 +17,16 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 class Table(NamedTuple):
-  """A table ready to print: the first `labels` columns are text, the others right-aligned numbers."""
+  """A table ready to print: the first `labels` columns are text, the others right-aligned numbers.
+
+  Where the whole is too wide for a terminal it is printed in parts, cut only between groups of `group` columns.
+  """
 
   title: str
   columns: list[str]
   rows: list[list[str]]
   labels: int = 1
+  group: int = 0  # 0: never cut
 
 
 def write_report(analysis: dict, run: dict, folder: str | os.PathLike) -> Path:
@@ -59,12 +63,13 @@ def print_table(analysis: dict, console) -> None:
   from rich.table import Table as RichTable
   from rich.text import Text
 
-  for table in tables(analysis):
+  for table in (part for whole in tables(analysis) for part in _parts(whole, console.width)):
     # Headings break between words, so that a column is as wide as its numbers.
     grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, column in enumerate(table.columns):
       justify = "left" if i < table.labels else "right"
-      grid.add_column(Text("\n".join(column.split())), justify=justify, vertical="bottom", no_wrap=i >= table.labels)
+      heading, number = Text("\n".join(column.split())), i >= table.labels
+      grid.add_column(heading, justify=justify, vertical="bottom", no_wrap=number, overflow="fold")
     for row in table.rows:
       grid.add_row(*map(Text, row))
     console.print(Text(table.title, style="bold"))
@@ -123,7 +128,7 @@ def tables(analysis: dict) -> list[Table]:
         row += [_perplexity(curve[level]), _change(curve, level)] if level in curve else ["", ""]
       rows.append(row)
     columns = ["sparsity", *(heading for name in curves for heading in (name, "change"))]
-    result.append(Table("Masked perplexity, by share of hidden entries set to zero per token", columns, rows))
+    result.append(Table("Masked perplexity, by share of hidden entries set to zero per token", columns, rows, group=2))
   return result
 
 
@@ -146,6 +151,26 @@ def notes(analysis: dict) -> list[str]:
     counts = ", ".join(f"{name} {_count(n)}" for name, n in seen.items())
     result.append(f"Tokens seen differ ({counts}): part of a lower loss can be plain further training.")
   return result
+
+
+def _parts(table: Table, width: int) -> list[Table]:
+  """The table, or tables of some of its groups of columns that fit `width` (one group may not)."""
+
+  def needed(i):
+    return 1 + max(map(len, [*table.columns[i].split(), *(row[i] for row in table.rows)]))
+
+  count = len(table.columns)
+  labels = list(range(table.labels))
+  parts = [labels.copy()]
+  for start in range(table.labels, count, table.group or count):
+    group = list(range(start, min(start + (table.group or count), count)))
+    if len(parts[-1]) > len(labels) and sum(map(needed, parts[-1] + group)) > width:
+      parts.append(labels.copy())
+    parts[-1] += group
+  return [
+    table._replace(columns=[table.columns[i] for i in part], rows=[[row[i] for i in part] for row in table.rows])
+    for part in parts
+  ]
 
 
 def _curve(model) -> dict:

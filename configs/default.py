@@ -22,6 +22,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.data.train = "stdlib"  # a .jsonl or .txt file or folder, or the name of a seqio task or mixture
   config.data.validation = ""  # the same, or "" for the held-out split of `train`
   config.data.vocabulary = "bytes"  # or a SentencePiece .model, a tokenizer.json, or a folder with one
+  config.data.eos = True  # documents end with its end-of-text token, to be predicted like the others
 
   config.train = ConfigDict()
   config.train.steps = 1000

@@ -25,6 +25,7 @@ def get_config(model):
   del fields["activation"]
   config.model = ConfigDict(fields | {"remat": "full"})
   config.data.vocabulary = stored.vocabulary
+  config.data.eos = stored.eos
   config.train.seq_len = min(config.train.seq_len, stored.config.max_seq_len)
   config.train.learning_rate = 1e-4
   config.smaller = "configs/tiny_relufy.py"

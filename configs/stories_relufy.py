@@ -20,6 +20,7 @@ def get_config():
   config.data.train = "tinystories/train.jsonl"
   config.data.validation = "tinystories/valid_v2.jsonl"
   config.data.vocabulary = "stories260k/tokenizer.model"
+  config.data.eos = False  # this model was trained without
   config.train.steps = 1600
   config.train.batch_size = 16
   config.train.seq_len = 256

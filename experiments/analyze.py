@@ -27,6 +27,9 @@ BATCH_SIZE = flags.DEFINE_integer(
 SEQ_LEN = flags.DEFINE_integer(
   "seq_len", None, "Tokens of a row. Default: 512, or what the models are made for.", lower_bound=1
 )
+EOS = flags.DEFINE_boolean(
+  "eos", None, "Documents end with an end-of-text token, which is scored. Default: if all models were trained with one."
+)
 
 
 def main():
@@ -43,6 +46,7 @@ def main():
     tokens=TOKENS.value,
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
+    eos=EOS.value,
   )
 
 

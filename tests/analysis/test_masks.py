@@ -49,7 +49,7 @@ def held_out(config, rows=4, time=24):
     "positions": np.broadcast_to(np.arange(time, dtype=np.int32), (rows, time)),
   }
   tokens = 2 * int((segments > 0).sum())
-  return EvaluationSet([batch, batch], 8, tokens, split="all", complete=True, vocabulary="bytes")
+  return EvaluationSet([batch, batch], 8, tokens, split="all", complete=True, vocabulary="bytes", eos=True)
 
 
 @pytest.mark.parametrize("experts", [0, 4])

@@ -27,8 +27,9 @@ def jsonl(tmp_path) -> str:
   return str(path)
 
 
-def settings(train, validation="", vocabulary="bytes"):
-  return ml_collections.ConfigDict({"train": str(train), "validation": str(validation), "vocabulary": vocabulary})
+def settings(train, validation="", vocabulary="bytes", eos=True):
+  fields = {"train": str(train), "validation": str(validation), "vocabulary": vocabulary, "eos": eos}
+  return ml_collections.ConfigDict(fields)
 
 
 def documents_of(batches):

@@ -68,6 +68,7 @@ def analyze(
     "activation": model.config.activation,
     "data": text,
     "vocabulary": data.vocabulary,
+    "eos": data.eos,
     "documents": data.documents,
     "tokens": natural.tokens,
     "trained_tokens": trained_tokens,

@@ -80,6 +80,7 @@ def run(
   tokens: int,
   batch_size: int | None = None,
   seq_len: int | None = None,
+  eos: bool | None = None,
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
@@ -92,6 +93,7 @@ def run(
     tokens: as many whole documents as hold so many tokens are evaluated.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for 512, or the least that a model is made for.
+    eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
     console: where progress and tables are printed.
 
   Raises:
@@ -114,8 +116,9 @@ def run(
   mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
   for model in stored:
     _check_fits(model, mesh)
+  eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
-    texts = _texts(stored, data, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
+    texts = _texts(stored, data, eos, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
 
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
@@ -164,11 +167,12 @@ def _check_fits(model: Model, mesh: jax.sharding.Mesh):
 
 
 def _described(data: str, text: EvaluationSet) -> str:
-  parts = ([] if text.split == "all" else [text.split]) + ([] if text.complete else ["a part of it"])
+  parts = [] if text.eos else ["end-of-text tokens not scored"]
+  parts += ([] if text.split == "all" else [text.split]) + ([] if text.complete else ["a part of it"])
   return f"{data} ({', '.join(parts)})" if parts else data
 
 
-def _texts(stored: Sequence[Model], data: str, **settings) -> list[EvaluationSet]:
+def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[EvaluationSet]:
   """The batches of each model, tokenized once for each vocabulary."""
   known: list[tuple[Any, EvaluationSet]] = []
   result = []
@@ -181,7 +185,7 @@ def _texts(stored: Sequence[Model], data: str, **settings) -> list[EvaluationSet
       )
     found = next((text for other, text in known if same_vocabulary(other, vocabulary)), None)
     if found is None:
-      source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary)
+      source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary, eos=eos)
       found = evaluation_batches(source, **settings)
       known.append((vocabulary, found))
     result.append(found)

@@ -74,7 +74,8 @@ def _write_workdir(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, f
     "name": f"converted from {model.path}",
     "activation": fields.pop("activation"),
     "model": fields,
-    "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else "."},  # the tokenizer's files came along
+    # the tokenizer's files came along
+    "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else ".", "eos": model.eos},
   }
   stored.save(folder, leaves, tokens_seen)
   files.write(folder / "config.json", files.to_json(record))
@@ -86,6 +87,7 @@ def _write_huggingface(model: Model, leaves: Mapping[str, Leaf], tokens_seen: in
   fields, mapping, modeling = export_format(model.config, dtype.name)
   if model.vocabulary == "bytes":
     fields["tsparse_vocabulary"] = "bytes"
+  fields["tsparse_eos"] = model.eos
   write_directory(folder, fields, rules.to_theirs(mapping, model.config, leaves), modeling)
 
 

@@ -56,7 +56,7 @@ NO_MATHS = {
   "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "dtype",
   "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "output_router_logits", "pad_token_id",
   "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "torch_dtype", "transformers_version",
-  "tsparse_vocabulary", "unk_token_id", "use_cache",
+  "tsparse_eos", "tsparse_vocabulary", "unk_token_id", "use_cache",
 }  # fmt: skip
 # Fields that would, by the only values that are supported.
 ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,), "router_jitter_noise": (0.0, None)}

@@ -43,6 +43,7 @@ class Directory:
   Attributes:
     config: the model.
     vocabulary: what loads its tokenizer: the folder, unless we exported a model over bytes.
+    eos: whether documents end with an end-of-text token: as we exported it, else if the tokenizer adds one.
 
   Raises:
     UserError: no config.json or safetensors, an unsupported config, a missing or damaged shard, or tensors that are
@@ -59,6 +60,7 @@ class Directory:
     shapes = {name: tensor.shape for name, tensor in self._stored.items()}
     self._rules, self.config = read_config(fields, shapes)
     self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
+    self.eos = bool(fields.get("tsparse_eos", _adds_eos(folder)))
     ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._stored, ignored)
 
@@ -153,6 +155,15 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError) as error:
       raise UserError(f"{shard} is damaged ({error}): fetch it again.") from None
   return stored
+
+
+def _adds_eos(folder: Path) -> bool:
+  path = folder / "tokenizer_config.json"
+  try:
+    fields = json.loads(path.read_text()) if path.exists() else {}
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}): fetch it again.") from None
+  return isinstance(fields, dict) and bool(fields.get("add_eos_token"))
 
 
 def copy_tokenizer(vocabulary: str, target: Path):

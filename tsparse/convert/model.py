@@ -25,6 +25,7 @@ class Model:
     path: where it is.
     config: the model, its activation included.
     vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
+    eos: whether it was trained on documents that end with the vocabulary's end-of-text token, as far as is known.
     step: of the checkpoint; 0 for Hugging Face.
     restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
     leaves: () -> (path of each parameter -> Leaf, which reads it slice by slice, the same tokens).
@@ -33,6 +34,7 @@ class Model:
   path: Path
   config: ModelConfig
   vocabulary: str
+  eos: bool
   step: int
   restore: Callable[[Any], tuple[Any, int]]
   leaves: Callable[[], tuple[dict[str, Leaf], int]]
@@ -51,13 +53,14 @@ def open_model(path: Path, step: int | None = None) -> Model:
       path,
       directory.config,
       directory.vocabulary,
+      directory.eos,
       step=0,
       restore=lambda target: (_place(directory.leaves(), target), 0),
       leaves=lambda: (directory.leaves(), 0),
     )
   try:
     config = ModelConfig(**fields["model"], activation=fields["activation"])
-    vocabulary = fields["data"]["vocabulary"]
+    vocabulary, eos = fields["data"]["vocabulary"], fields["data"].get("eos", True)
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}/config.json is neither of Hugging Face nor of a workdir of tsparse ({error}).") from None
   inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
@@ -67,6 +70,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
     path,
     config,
     vocabulary,
+    eos,
     step,
     restore=lambda target: checkpoint.restore_parameters(path, step, target),
     leaves=lambda: stored.read(path, step, config),

@@ -23,7 +23,7 @@ def check_data(data, model_vocab_size: int):
   """Finds all that can be wrong with the settings of the data before anything is trained.
 
   Args:
-    data: has `train`, `validation` and `vocabulary` (`config.data`).
+    data: has `train`, `validation`, `vocabulary` and `eos` (`config.data`).
     model_vocab_size: rows of the model's embedding.
 
   Raises:
@@ -109,7 +109,7 @@ def train_iterator(
   """Endless batches of the training documents of `data`.
 
   Args:
-    data: has `train`, `validation` and `vocabulary` (`config.data`).
+    data: has `train`, `validation`, `vocabulary` and `eos` (`config.data`).
     seq_len: T, tokens per row.
     batch_size: B, rows of a batch of all hosts together.
     seed: of the order of the documents.
@@ -130,12 +130,13 @@ def train_iterator(
   fingerprint = {
     "data.train": name if own is None else ", ".join(splits[split].fingerprint() for splits in own.values()),
     "data.vocabulary": vocabulary_digest(data.vocabulary),
+    "data.eos": data.eos,
     "seq_len": seq_len,
     "batch_size": batch_size,
     "seed": seed,
     "host": f"{host} of {num_hosts}",
   }
-  documents = _Documents(name, split, data.vocabulary, seed=seed, epochs=None, host=host, num_hosts=num_hosts)
+  documents = _Documents(name, split, data, seed=seed, epochs=None, host=host, num_hosts=num_hosts)
   packer = Packer(documents, seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=True)
   return TrainIterator(documents, packer, batch_size // num_hosts, fingerprint)
 
@@ -147,10 +148,11 @@ class EvaluationSet:
   Attributes:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, all of one shape.
     documents: how many documents they hold.
-    tokens: how many targets, each token and EOS of a document once; BOS is never a target.
+    tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target.
     split: of the data they are; "all" for a file or folder that is not split.
     complete: whether they are all of the split; if not, the limit of tokens was reached.
     vocabulary: whose ids they are, as `load_vocabulary` takes it.
+    eos: whether documents end with an end-of-text token.
   """
 
   batches: list[dict[str, np.ndarray]]
@@ -159,6 +161,7 @@ class EvaluationSet:
   split: str
   complete: bool
   vocabulary: str
+  eos: bool
 
   @property
   def padding(self) -> float:
@@ -178,7 +181,7 @@ def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) 
   tasks.check_split(name, split)
   _check_disjoint(data)
   chosen, tokens, complete = [], 0, True
-  for document in _Documents(name, split, data.vocabulary, seed=EVALUATION_SEED, epochs=1):
+  for document in _Documents(name, split, data, seed=EVALUATION_SEED, epochs=1):
     complete = tokens + len(document) <= max_tokens
     if not complete and chosen:
       break
@@ -191,7 +194,7 @@ def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) 
   packer = Packer(iter(chosen), seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=False)
   rows = list(_rows(packer))
   batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  return EvaluationSet(batches, len(chosen), tokens, split, complete, data.vocabulary)
+  return EvaluationSet(batches, len(chosen), tokens, split, complete, data.vocabulary, data.eos)
 
 
 def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:
@@ -203,11 +206,11 @@ def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:
 
 
 class _Documents:
-  """Iterates over the tokens, int32 [n], of the documents of a split."""
+  """Iterates over the tokens, int32 [n], of the documents of a split; the last is EOS if `data.eos`."""
 
-  def __init__(self, name, split, vocabulary, *, seed, epochs, host=0, num_hosts=1):
+  def __init__(self, name, split, data, *, seed, epochs, host=0, num_hosts=1):
     seqio, tf = load_tensorflow()
-    dataset = tasks.provider(name, vocabulary).get_dataset(
+    dataset = tasks.provider(name, data.vocabulary).get_dataset(
       sequence_length=None,  # nothing is trimmed
       split=split,
       shuffle=True,
@@ -223,6 +226,7 @@ class _Documents:
     self._iterator = [dataset.with_options(options).as_numpy_iterator()]
     weakref.finalize(self, self._iterator.clear)
     self._started = False
+    self._without = None if data.eos else load_vocabulary(data.vocabulary).eos_id
 
   def __iter__(self):
     return self
@@ -231,7 +235,14 @@ class _Documents:
     # SentencePiece's TensorFlow kernel writes a notice when it first runs, and cannot be told not to.
     with contextlib.nullcontext() if self._started else silent_stderr():
       self._started = True
-      return next(self._iterator[0])["targets"]
+      while True:
+        document = next(self._iterator[0])["targets"]
+        if self._without is None:
+          return document
+        if len(document) and document[-1] == self._without:
+          document = document[:-1]
+        if len(document):
+          return document
 
   def state(self) -> bytes:
     state = self._iterator[0].save()

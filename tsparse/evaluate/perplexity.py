@@ -16,7 +16,7 @@ from tsparse.sharding import constrain, place
 
 DEFINITIONS = {
   "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
-  "BOS, end-of-text tokens included; a document longer than a row is scored in pieces",
+  "BOS, and over their end-of-text tokens where `eos` is true; a document longer than a row is scored in pieces",
   "perplexity": "exp(loss), per token of the model's own tokenizer (bytes, for the byte vocabulary)",
 }
 

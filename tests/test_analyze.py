@@ -30,7 +30,7 @@ def save_texts(path, texts):
 def save_bytes_model(folder, **fields):
   """A random ReLU model over bytes, as a Hugging Face directory; returns it as transformers has it."""
   model = save_huggingface(folder, "Llama", {"vocab_size": 264, "hidden_act": "relu"} | fields)
-  config = json.loads((folder / "config.json").read_text()) | {"tsparse_vocabulary": "bytes"}
+  config = json.loads((folder / "config.json").read_text()) | {"tsparse_vocabulary": "bytes", "tsparse_eos": True}
   (folder / "config.json").write_text(json.dumps(config))
   return model
 
@@ -100,13 +100,14 @@ def test_a_real_model_has_the_loss_of_transformers_and_its_own_vocabulary(small,
   made = analyze([path, small[0]], tmp_path / "stories.jsonl", tmp_path / "out", seq_len=64, levels=(0.5,))
 
   vocabulary = load_vocabulary(str(path / "tokenizer.model"))
-  documents = [[*vocabulary.encode(json.loads(line)["text"]), vocabulary.eos_id] for line in lines]
+  documents = [vocabulary.encode(json.loads(line)["text"]) for line in lines]  # it was trained without EOS
   theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
   loss, tokens, _ = reference(theirs, documents, bos_id(vocabulary), seq_len=64)
   stories, other = made["models"]
   assert stories["loss"] == pytest.approx(loss, abs=1e-4) and stories["tokens"] == tokens
   assert stories["zero_fraction"]["mean"] == 0 and stories["curve"][0]["loss"] > stories["loss"]
-  assert other["tokens"] == sum(len(json.loads(line)["text"].encode()) + 1 for line in lines)
+  assert other["tokens"] == sum(len(json.loads(line)["text"].encode()) for line in lines)  # so neither has
+  assert not stories["eos"] and "end-of-text tokens not scored" in stories["data"]
   assert "Vocabularies differ" in str(json.loads((tmp_path / "out" / "summary.json").read_text())["notes"])
 
 

@@ -42,13 +42,16 @@ def to_json(value: Any) -> str:
 
 
 def check_new(out: Path):
-  """Raises UserError when the folder `out` of a command (--out) holds anything already."""
+  """Raises UserError when the folder `out` of a command (--out) holds anything already or is the current one."""
   try:
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    current = out.exists() and out.samefile(".")
   except OSError as error:
     raise UserError(f"--out={out} cannot be read ({error.strerror}): give another folder.") from None
   if used:
     raise UserError(f"--out={out} is in use: give a folder that does not exist yet.")
+  if current:  # replacing it would leave this process, and the user's shell, in a folder that is no more
+    raise UserError(f"--out={out} is the current folder: give one that does not exist yet.")
 
 
 @contextmanager
@@ -64,7 +67,7 @@ def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
     RunFailure: an OSError came up inside.
   """
   check_new(out)
-  target = out.absolute()  # "." has no name
+  target = out.resolve()  # a link stays, and what it names is written
   parent = target.parent
   _remove_leftovers(parent, target.name)
   free = shutil.disk_usage(next(folder for folder in (parent, *parent.parents) if folder.exists())).free

@@ -31,11 +31,14 @@ def read_config(workdir: Path) -> dict[str, Any]:
   """The resolved config of a workdir; UserError when the folder is not one."""
   path = workdir / "config.json"
   try:
-    return json.loads(path.read_text())
+    fields = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(f"{workdir} holds no model (no config.json): give a workdir or a Hugging Face folder.") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read ({error}): give the folder of a whole run.") from None
+  if not isinstance(fields, dict):
+    raise UserError(f"{path} is not a JSON object: give a workdir or a Hugging Face folder.")
+  return fields
 
 
 def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:

@@ -330,6 +330,10 @@ def index_outside(folder, _):
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
 
 
+def index_of(content):
+  return lambda folder, _: (folder / "model.safetensors.index.json").write_text(content)
+
+
 def pickle_only(folder, _):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -343,6 +347,13 @@ def pickle_only(folder, _):
     (pickle_only, "only pickle files"),
     (index_of_missing, "model-2.safetensors is missing"),
     (index_outside, "outside its folder"),
+    (index_of('{"weight_map": {"x": ".."}}'), "outside its folder"),
+    (index_of('{"weight_map": {"x": 3}}'), "index.json is damaged"),
+    (index_of('{"weight_map": {"x": ["y"]}}'), "index.json is damaged"),
+    (index_of("[]"), "index.json is damaged"),
+    (lambda folder, fields: fields.update(model_type="tsparse_llama"), "activation 'None' is unknown"),
+    (lambda folder, fields: fields.update(model_type="tsparse_llama", ffn_activation=["drelu"]), "is unknown"),
+    (lambda folder, fields: fields.update(num_hidden_layers=10**9), "num_hidden_layers = 1000000000 and there are 21"),
     (lambda folder, fields: (folder / "model.safetensors").unlink(), "no .safetensors file"),
     (lambda folder, fields: fields.update(model_type="gpt2"), "'gpt2' is not supported; choose one of llama"),
     (lambda folder, fields: fields.update(hidden_act="tanh"), "hidden_act 'tanh'"),
@@ -454,6 +465,33 @@ def source(tmp_path_factory):
   folder = tmp_path_factory.mktemp("hf")
   save_huggingface(folder, *CASES["llama"])
   return folder
+
+
+def test_a_checkpoint_names_no_file_outside_its_folder(source, tmp_path):
+  shutil.copytree(source, tmp_path / "theirs")
+  damaged(lambda _, fields: fields.update(tsparse_vocabulary="/etc"))(tmp_path / "theirs")
+  assert open_model(tmp_path / "theirs").vocabulary == str(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("content", ["null", "3", '"model_type"', "[" * 100_000])
+def test_a_config_that_is_no_object_is_one_sentence(content, tmp_path):
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(UserError, match="config.json (is not a JSON object|cannot be read)"):
+    open_model(tmp_path)
+
+
+def test_the_current_folder_is_not_replaced(source, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="--out=. is the current folder"):
+    convert(source, Path("."), "hf")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_an_empty_folder_is_written_through(source, tmp_path):
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "out").symlink_to("disk")
+  convert(source, tmp_path / "out", "hf")
+  assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").exists()
 
 
 def test_a_folder_in_use_is_left_alone(source, tmp_path):

@@ -315,7 +315,8 @@ progress.ByteProgressLine.advance, files.write = counted, stopped
   arguments = [f"--model={theirs}", f"--out={tmp_path}/out", f"--format={form}"]
   assert run(*arguments, code=code).returncode == -signal.SIGKILL
   (scratch,) = tmp_path.glob(".out.*")
-  assert not (tmp_path / "out").exists() and any(scratch.iterdir())
+  begun = any(scratch.iterdir())
+  assert not (tmp_path / "out").exists() and (begun or (form, moment) == ("hf", "first slice"))  # no shard yet
   with pytest.raises(UserError, match="no model"):
     open_model(scratch)
   alive = tmp_path / ".out.1.tsparse"  # of a conversion that goes on

@@ -118,6 +118,9 @@ def test_evaluation_takes_whole_documents_in_a_fixed_order(jsonl):
     assert (cut.documents, cut.tokens, cut.complete) == (1, limit, False)
     assert (cut.batches[0]["targets"][0, :limit] == every.batches[0]["targets"][0, :limit]).all()
   assert {b["targets"].shape for b in every.batches} == {(4, 64)}
+  data.eos = False
+  without = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=10**6)
+  assert without.tokens == every.tokens - 60 and not any((b["targets"] == 1).any() for b in without.batches)
 
 
 def test_sentencepiece_gives_its_own_encoding(mistral, tmp_path):

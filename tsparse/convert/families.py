@@ -51,15 +51,22 @@ FIELDS = {
   "norm_eps": "rms_norm_eps",
   "tie_embeddings": "tie_word_embeddings",
 }
-# Fields that do not change the forward pass.
+# Fields that do not change the forward pass. `pretraining_tp` cuts products of matrices into sums that are equal.
 NO_MATHS = {
-  "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "dtype",
-  "eos_token_id", "id2label", "initializer_range", "label2id", "model_type", "output_router_logits", "pad_token_id",
-  "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "torch_dtype", "transformers_version",
-  "tsparse_eos", "tsparse_vocabulary", "unk_token_id", "use_cache",
+  "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attention_dropout",
+  "attn_implementation", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range",
+  "is_decoder", "label2id", "max_length", "max_sequence_length", "model_type", "output_attentions",
+  "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+  "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "tf_legacy_loss", "tokenizer_class",
+  "torch_dtype", "torchscript", "transformers_version", "tsparse_eos", "tsparse_vocabulary", "unk_token_id",
+  "use_bfloat16", "use_cache",
 }  # fmt: skip
 # Fields that would, by the only values that are supported.
-ONLY = {"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,), "router_jitter_noise": (0.0, None)}
+ONLY = {
+  "attention_bias": (False, None), "chunk_size_feed_forward": (0,), "is_encoder_decoder": (False,),
+  "mlp_bias": (False, None), "pruned_heads": ({}, None), "quantization_config": (None,), "rope_interleaved": (False,),
+  "router_jitter_noise": (0.0, None), "use_mrope": (False,),
+}  # fmt: skip
 SHARED = tuple(
   Rule(f"layers/ffn/shared/{ours}", LAYER + f"mlp.shared_expert.{ours}_proj.weight", pattern)
   for ours, pattern in (("gate", "F D -> D F"), ("up", "F D -> D F"), ("down", "D F -> F D"))
@@ -136,7 +143,8 @@ EXPERT_FIELDS = {"experts_per_token": "num_experts_per_tok", "router_renormalize
 NULL_IS_ZERO = {"sliding_window", "attention_softcap", "final_softcap", "num_shared_experts"}
 FAMILIES = {
   # ReluLLaMA is a llama with hidden_act relu; ProSparse adds fatrelu with its threshold in hidden_act_param.
-  "llama": Family("LlamaForCausalLM", ATTENTION + FFN, {}, {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}),
+  "llama": Family("LlamaForCausalLM", ATTENTION + FFN, {}, {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+                  only={"sliding_window": (None,)}),
   "mistral": Family("MistralForCausalLM", ATTENTION + FFN, WINDOW, {"rms_norm_eps": 1e-6, "sliding_window": 4096}),
   "mixtral": Family(
     "MixtralForCausalLM",
@@ -293,7 +301,7 @@ def read_config(
     if name not in known or value not in only.get(name, (value,)):
       allowed = f"only {only[name][0]!r} is" if name in only else "it is not known here and may change the maths"
       raise UserError(f"config.json: {name} = {value!r} is not supported ({allowed}).")
-  activation = fields["ffn_activation"] if exported else activation_of(fields, family)
+  activation = str(fields.get("ffn_activation")) if exported else activation_of(fields, family)
   rope = read_rope(fields, family.defaults.get("rope_theta", 10_000.0))
   config = ModelConfig(**values, **family.constants, **rope, activation=activation, dtype="float32")
   check_layer_types(fields.get("layer_types"), config)

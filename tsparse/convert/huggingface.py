@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 SHARD_BYTES = 5 * 10**8  # of a file: safetensors wants all its tensors in memory
 
+# Fields of config.json that say how many tensors there are of a kind.
+COUNTS = {"num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"}
 
 # dtype of safetensors -> ours; float16 has no place in our models, and float32 holds it exactly
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float32"), "BF16": jnp.dtype("bfloat16")}
@@ -58,8 +60,12 @@ class Directory:
       raise UserError(f"{folder}/config.json cannot be read ({error}): give a Hugging Face directory.") from None
     self._stored = _tensors(folder)
     shapes = {name: tensor.shape for name, tensor in self._stored.items()}
+    for name in COUNTS & fields.keys():  # before their tensors are named one by one: a damaged number may be any
+      if isinstance(fields[name], int) and fields[name] > len(shapes):
+        raise UserError(f"{folder}/config.json says {name} = {fields[name]} and there are {len(shapes)} tensors.")
     self._rules, self.config = read_config(fields, shapes)
-    self.vocabulary = fields.get("tsparse_vocabulary", str(folder))
+    # No path: a checkpoint has no say in which files of this machine are read.
+    self.vocabulary = "bytes" if fields.get("tsparse_vocabulary") == "bytes" else str(folder)
     self.eos = bool(fields.get("tsparse_eos", _adds_eos(folder)))
     ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._stored, ignored)
@@ -127,9 +133,9 @@ def _tensors(folder: Path) -> dict[str, Stored]:
   if index.exists():
     try:
       names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+      outside = [name for name in names if Path(name).name != name or name == ".."]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
       raise UserError(f"{index} is damaged ({error}): fetch it again.") from None
-    outside = [name for name in names if Path(name).name != name]
     if outside:
       raise UserError(f"{index} names files outside its folder ({outside[0]}): it is not to be trusted.")
     shards = [folder / name for name in sorted(names)]

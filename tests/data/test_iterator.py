@@ -62,7 +62,7 @@ train, state, out = sys.argv[1:]
 from tsparse.data.tensorflow import load_tensorflow
 tf = load_tensorflow()[1]
 tf.config.threading.set_inter_op_parallelism_threads(3)
-data = ml_collections.ConfigDict({"train": train, "validation": "", "vocabulary": "bytes"})
+data = ml_collections.ConfigDict({"train": train, "validation": "", "vocabulary": "bytes", "eos": True})
 it = tsparse.data.train_iterator(data, seq_len=32, batch_size=4, seed=1)
 it.restore(open(state, "rb").read())
 np.save(out, [next(it)["targets"] for _ in range(200)])

@@ -36,7 +36,7 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
   Returns:
     [S, F] in the dtype of x, accumulated in float32.
   """
-  return _grouped_matmul(x, w, group_sizes)
+  return _grouped_matmul(*map(jnp.asarray, (x, w, group_sizes)))
 
 
 def grouped_matmul_dense(x: Array, w: Array, group_sizes: Array) -> Array:

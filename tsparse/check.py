@@ -22,7 +22,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss")
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
-FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len")
+FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl")
 
 
 def check_sections(config: ml_collections.ConfigDict):

@@ -73,6 +73,7 @@ def test_a_gemma_has_the_parameters_its_paper_prints():
     ({"d_ff": 0}, "d_ff is 0"),
     ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 does not fit num_experts 2"),
     ({"experts_per_token": 1}, "does not fit num_experts 0"),
+    ({"moe_impl": "capacity"}, "moe_impl 'capacity' is unknown, choose one of dense, ragged, ep_allgather"),
     ({"num_shared_experts": 1, "shared_d_ff": 8}, "the model has no experts"),
     ({"dense_layers": 1, "dense_d_ff": 8}, "all its layers are dense"),
     ({"predictor_ranks": (4,), "predictor_input": "before_norm"}, "one positive rank for each of 4"),

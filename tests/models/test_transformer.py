@@ -10,7 +10,7 @@ from tsparse.activations import activation
 from tsparse.analysis.masks import TopK
 from tsparse.models import counts, layers
 from tsparse.models.config import PRESETS
-from tsparse.models.moe import moe_dense, route
+from tsparse.models.moe import IMPLEMENTATIONS, Experts, moe, route
 from tsparse.models.predictor import predict
 from tsparse.models.transformer import REMAT, Transformer, init_parameters
 from tsparse.sharding import path_name
@@ -146,14 +146,18 @@ def test_router_weights_are_a_softmax_over_the_chosen():
     chosen = np.argsort(-logits[index])[:2]
     e = np.exp(logits[index][chosen] - logits[index].max())
     expected[index][chosen] = e / e.sum()
-  weights, chosen = route(x, router, 2)
-  np.testing.assert_allclose(weights, expected, atol=1e-5)
-  np.testing.assert_array_equal(chosen, expected > 0)
-  underflown, chosen = route(jnp.ones((1, 1, 1)), jnp.array([[500.0, 0, -500.0]]), 2)
-  assert underflown[0, 0].tolist() == [1, 0, 0] and chosen[0, 0].tolist() == [True, True, False]
+  valid = np.arange(5) < np.array([[5], [4]])
+  chosen, weights = route(x, router, valid, 2)
+  spread = jnp.einsum("btk,btke->bte", weights, jax.nn.one_hot(chosen, 4))
+  np.testing.assert_allclose(spread, expected * valid[..., None], atol=1e-5)
+  np.testing.assert_array_equal(chosen[valid], np.argsort(-logits)[..., :2][valid])
+  assert (chosen[~valid] == 4).all()
+  chosen, underflown = route(jnp.ones((1, 1, 1)), jnp.array([[500.0, 0, -500.0]]), np.array([[True]]), 2)
+  assert underflown[0, 0].tolist() == [1, 0] and chosen[0, 0].tolist() == [0, 1]
 
 
-def test_moe_equals_a_loop_over_tokens():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_moe_equals_a_loop_over_tokens(impl):
   keys = jax.random.split(jax.random.key(0), 5)
   x, router, gate, up = (
     np.asarray(jax.random.normal(key, shape))
@@ -161,18 +165,20 @@ def test_moe_equals_a_loop_over_tokens():
   )
   down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
   valid = np.arange(6)[None] < 5
-  out, ffn = moe_dense(x, router, gate, up, down, valid, activation("drelu"), 2)
-  weights = np.asarray(route(x, router, 2)[0])
+  out, ffn = moe(impl, x, router, Experts(gate, up, down), valid, activation("drelu"), 2)
+  chosen, weights = map(np.asarray, route(x, router, valid, 2))
   fired = np.zeros((4, 10))
   for t in range(6):
     expected = 0
-    for e in np.flatnonzero(weights[0, t]):
+    for e, weight in zip(chosen[0, t], weights[0, t], strict=True):
+      if not valid[0, t]:
+        continue
       hidden = np.maximum(x[0, t] @ gate[e], 0) * np.maximum(x[0, t] @ up[e], 0)
-      fired[e] += (hidden != 0) * valid[0, t]
-      expected += weights[0, t, e] * (hidden @ down[e])
+      fired[e] += hidden != 0
+      expected += weight * (hidden @ down[e])
     np.testing.assert_allclose(out[0, t], expected, rtol=1e-4, atol=1e-4)
   np.testing.assert_array_equal(ffn.fired, fired)
-  np.testing.assert_array_equal(ffn.routed, ((weights > 0) & valid[..., None]).sum((0, 1)))
+  np.testing.assert_array_equal(ffn.routed, np.bincount(chosen[valid].ravel(), minlength=4))
 
 
 def test_the_zeros_of_a_model_weigh_the_entries_of_all_its_ffns():

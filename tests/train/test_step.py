@@ -71,10 +71,26 @@ def test_losses_do_not_depend_on_the_mesh(mesh):
   np.testing.assert_allclose(losses(small(), devices=8, **mesh), losses_on_one_device(), rtol=1e-5)
 
 
-def test_losses_of_a_moe_do_not_depend_on_the_expert_axis():
+@functools.cache
+def losses_of_a_moe(impl, devices=1, **mesh):
   config = small()
-  config.model.update({"num_experts": 4, "experts_per_token": 2})
-  np.testing.assert_allclose(losses(config, 8, steps=5, expert=4, fsdp=2), losses(config, steps=5), rtol=1e-5)
+  config.model.update({"num_experts": 4, "experts_per_token": 2, "moe_impl": impl})
+  config.model.update({"num_shared_experts": 1, "shared_d_ff": 16, "dense_layers": 1, "dense_d_ff": 32})
+  return losses(config, devices, steps=20, **mesh)
+
+
+@pytest.mark.parametrize("impl", ["ragged", "ep_allgather"])
+@pytest.mark.parametrize("mesh", [{"expert": 4, "fsdp": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}], ids=["ef", "eft"])
+def test_losses_of_a_moe_do_not_depend_on_its_implementation_nor_on_the_mesh(impl, mesh):
+  np.testing.assert_allclose(losses_of_a_moe(impl, 8, **mesh), losses_of_a_moe("dense"), rtol=1e-5)
+
+
+def test_losses_of_a_moe_on_one_device_do_not_depend_on_its_implementation():
+  np.testing.assert_allclose(losses_of_a_moe("ragged"), losses_of_a_moe("dense"), rtol=1e-5)
+
+
+def test_losses_of_the_moe_oracle_do_not_depend_on_the_expert_axis():
+  np.testing.assert_allclose(losses_of_a_moe("dense", 8, expert=4, fsdp=2), losses_of_a_moe("dense"), rtol=1e-5)
 
 
 def test_losses_of_a_gemma_do_not_depend_on_the_mesh():

@@ -345,7 +345,8 @@ def activation_of(fields: Mapping[str, Any], family: Family) -> str:
 MODELING = Path(__file__).with_name("modeling_tsparse.py")
 # Fields of ours that every exported config.json carries, or that say nothing of the architecture.
 FREE = {
-  *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "predictor_ranks", "predictor_input",
+  *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "moe_impl", "predictor_ranks",
+  "predictor_input",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
+from tsparse.models.moe import IMPLEMENTATIONS
 from tsparse.models.rope import parse_scaling
 
 
@@ -54,6 +55,7 @@ class ModelConfig:
   post_norms: bool = False  # the outputs of attention and of the FFN are normed before they are added (Gemma 2)
   scale_embeddings: bool = False  # embeddings times sqrt(D), which is rounded to dtype (Gemma)
   router_renormalize: bool = True  # weights of the chosen experts sum to 1 (Mixtral); if not, softmax over all (OLMoE)
+  moe_impl: str = "ragged"  # how experts are computed: a key of moe.IMPLEMENTATIONS, over the same parameters
   dtype: str = "bfloat16"  # compute; parameters are float32
   remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
   activation: str = "swiglu"  # a name of tsparse.activations
@@ -86,6 +88,8 @@ class ModelConfig:
     experts, chosen = self.num_experts, self.experts_per_token
     fits = 1 <= chosen <= experts if experts else chosen == 0
     require(fits, f"experts_per_token {chosen} does not fit num_experts {experts}")
+    known = ", ".join(IMPLEMENTATIONS)
+    require(self.moe_impl in IMPLEMENTATIONS, f"moe_impl {self.moe_impl!r} is unknown, choose one of {known}")
     shared, first, ranks = self.num_shared_experts, self.dense_layers, self.predictor_ranks
     require(shared >= 0 and (experts or not shared), f"num_shared_experts is {shared} and the model has no experts")
     require(not shared or self.shared_d_ff > 0, f"shared_d_ff is {self.shared_d_ff}, it must be positive")

@@ -25,6 +25,11 @@ def predict(x: Array, fc1: Array, fc2: Array) -> Array:
     logits = jnp.einsum("btr,rf->btf", jax.nn.relu(jnp.einsum("btd,dr->btr", x, fc1)), fc2)
   else:
     logits = jnp.einsum("bter,erf->btef", jax.nn.relu(jnp.einsum("btd,edr->bter", x, fc1)), fc2)
+  return straight_through(logits)
+
+
+def straight_through(logits: Array) -> Array:
+  """1 where p > 1/2 and 0 elsewhere, with the gradient of p = sigmoid(logits)."""
   soft = jax.nn.sigmoid(logits)
-  hard = (logits > 0).astype(x.dtype)  # round(p), whose half rounds to 0
+  hard = (logits > 0).astype(logits.dtype)  # round(p), whose half rounds to 0
   return soft + jax.lax.stop_gradient(hard - soft)

@@ -28,7 +28,7 @@ from tsparse.models import layers, rope
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
-from tsparse.models.moe import moe_dense
+from tsparse.models.moe import Experts, Predictors, moe
 from tsparse.models.predictor import predict
 from tsparse.sharding import constrain
 
@@ -101,11 +101,10 @@ class Predictor(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """x [B, T, D] -> mask [B, T, F], or [B, T, E, F]."""
+  def __call__(self) -> tuple[Array, Array]:
+    """Its weights, fc1 [D, R] and fc2 [R, F], with experts [E, D, R] and [E, R, F]."""
     experts = "E" if self.config.num_experts else ""
-    fc1 = _weight(self, "fc1", experts + "DR", fan_in="D")
-    return predict(x, fc1, _weight(self, "fc2", experts + "RF", fan_in="R"))
+    return _weight(self, "fc1", experts + "DR", fan_in="D"), _weight(self, "fc2", experts + "RF", fan_in="R")
 
 
 class FeedForward(nn.Module):
@@ -124,15 +123,17 @@ class FeedForward(nn.Module):
     up = _weight(self, "up", experts + "DF", fan_in="D")
     down = _weight(self, "down", experts + "FD", fan_in="F", scale=(2 * config.num_layers) ** -0.5)
     act = activation(config.activation)
-    predicted = None
+    predictor = None
     if config.predictor_ranks:
-      predicted = Predictor(config, name="predictor")(residual if config.predictor_input == "before_norm" else x)
+      read = residual if config.predictor_input == "before_norm" else x
+      predictor = Predictors(*Predictor(config, name="predictor")(), read)
     if not config.num_experts:
+      predicted = predictor and predict(predictor.x, predictor.fc1, predictor.fc2)
       out, counts = feed_forward(x, gate, up, down, valid, act, predicted, intervene)
       return out, {"ffn": counts}
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
-    chosen, renormalize = config.experts_per_token, config.router_renormalize
-    out, counts = moe_dense(x, router, gate, up, down, valid, act, chosen, renormalize, predicted, intervene)
+    chosen, renormalize, weights = config.experts_per_token, config.router_renormalize, Experts(gate, up, down)
+    out, counts = moe(config.moe_impl, x, router, weights, valid, act, chosen, renormalize, predictor, intervene)
     if not config.num_shared_experts:
       return out, {"ffn": counts}
     shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene)

@@ -15,12 +15,13 @@ def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
   """Activations of the forward and backward pass over `tokens` tokens on one device, an estimate.
 
   Counted: what each layer keeps for the backward pass (with remat "full" its input only), the working set of one layer
-  (projections, attention scores, the hidden of every expert since the dense oracle computes them all), and the logits
-  with their gradient in float32. XLA's fusions and temporaries make the true figure differ by some tens of percent.
+  (projections, attention scores, the hidden of the experts a token is routed to, or of all with moe_impl "dense"), and
+  the logits with their gradient in float32. Not counted: the room "ep_allgather" keeps for its group's tokens. XLA's
+  fusions and temporaries make the true figure differ by some tens of percent.
   """
   width = 2 if model.dtype == "bfloat16" else 4
   s = model.sizes
-  experts = max(1, model.num_experts)
+  experts = max(1, model.num_experts if model.moe_impl == "dense" else model.experts_per_token)
   projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"])) * width
   scores = s["N"] * seq_len * (4 + width)  # float32 scores and the weights that meet the values
   neurons = max(experts * s["F"] + model.num_shared_experts * model.shared_d_ff, model.dense_d_ff)

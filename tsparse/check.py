@@ -39,6 +39,15 @@ def check(config: ml_collections.ConfigDict):
     raise UserError(
       f"{jax.process_count()} hosts were started: training runs on one host with all its devices for now."
     )
+  needed = check_step(config, mesh)
+  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, config.model.remat)
+  if config.init:
+    check_init(open_model(Path(config.init)), config, model_config(config))
+  check_data(config.data, config.model.vocab_size)
+
+
+def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """What a step of `config` needs on `mesh` (memory.training_bytes); UserError if there can be no such step."""
   settings = config.train
   for key in POSITIVE:
     if not 0 < settings[key] < float("inf"):
@@ -79,13 +88,8 @@ def check(config: ml_collections.ConfigDict):
   sharding.check_divisible(mesh, {"B": config.analysis.batch_size})
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
-  needed = memory.training_bytes(
-    model, prepare(config, mesh).target, rows_per_device, settings.seq_len, settings.microbatches
-  )
-  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, model.remat)
-  if config.init:
-    check_init(open_model(Path(config.init)), config, model)
-  check_data(config.data, model.vocab_size)
+  target = prepare(config, mesh).target
+  return memory.training_bytes(model, target, rows_per_device, settings.seq_len, settings.microbatches)
 
 
 def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig):

@@ -50,7 +50,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape[shape.index(-1)] = len(devices) // known
   if math.prod(shape) != len(devices):
     raise UserError(
-      f"config.mesh ({asked}) covers {known} devices and this machine has {len(devices)}: the product of the axes must "
+      f"config.mesh ({asked}) covers {known} devices and there are {len(devices)}: the product of the axes must "
       f"be {len(devices)}; set for instance --config.mesh.fsdp=-1 and the others to 1."
     )
   # Auto axes: jax.make_mesh defaults to Explicit ones, which Linen's modules do not support.

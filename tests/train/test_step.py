@@ -11,8 +11,9 @@ import pytest
 from configs import default
 from tsparse import sharding
 from tsparse.models.config import model_config
+from tsparse.models.loss import BLOCKS
 from tsparse.models.transformer import Transformer
-from tsparse.train.loop import initial_state, prepare
+from tsparse.train.loop import compiled_step, initial_state, prepare
 from tsparse.train.optimizer import learning_rate, make_optimizer
 from tsparse.train.step import make_train_step, summed_loss
 
@@ -113,6 +114,31 @@ GOLDEN = (6.076366, 3.645945, 3.188565)
 def test_losses_are_those_recorded():
   """Golden numbers: change them only with a change that is meant to change training, and say so in the commit."""
   np.testing.assert_allclose(np.asarray(losses_on_one_device())[[0, 9, 19]], GOLDEN, rtol=2e-4)
+
+
+def arrays(jaxpr):
+  """Every array that a program makes, loops and branches included."""
+  for equation in jaxpr.eqns:
+    yield from (var.aval for var in equation.outvars)
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      if hasattr(inner, "eqns"):
+        yield from arrays(inner)
+      elif hasattr(inner, "jaxpr"):
+        yield from arrays(inner.jaxpr)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_logits_of_a_batch_never_exist_at_once(microbatches):
+  """One block of BLOCKS does, which shows that the search would find them."""
+  config = small(microbatches=microbatches)
+  rows, time, vocab = 8, 16, config.model.vocab_size
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+  run = prepare(config, mesh)
+  row = jax.ShapeDtypeStruct((rows, time), jnp.int32)
+  program = jax.make_jaxpr(compiled_step(run, config.train))(run.target, dict.fromkeys(batch(0), row))
+  sizes = {aval.size for aval in arrays(program.jaxpr) if vocab in aval.shape and aval.dtype == jnp.float32}
+  logits = rows // microbatches * time * vocab
+  assert logits // BLOCKS in sizes and max(sizes - {vocab * config.model.d_model}) < logits
 
 
 def test_moments_are_sharded_like_their_parameters_from_the_start():

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.models.counts import ModelCounts, model_zero_fraction
-from tsparse.models.loss import cross_entropy
-from tsparse.models.transformer import Transformer
+from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain, place
 
 DEFINITIONS = {
@@ -56,10 +55,7 @@ def batch_sums(
 ) -> tuple[jax.Array, ModelCounts]:
   """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
-  logits, counts = model.apply(
-    {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"], intervention
-  )
-  nll, _ = cross_entropy(logits, batch["targets"])  # [B, T]
+  nll, _, counts = token_losses(model, params, batch, intervention)  # [B, T]
   return jnp.sum(nll, where=batch["segment_ids"] > 0), counts
 
 

@@ -16,6 +16,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from tsparse.models import layers, rope
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
+from tsparse.models.loss import head_cross_entropy
 from tsparse.models.moe import Experts, Predictors, moe
 from tsparse.models.predictor import predict
 from tsparse.sharding import constrain
@@ -195,7 +197,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: Array, segment_ids: Array, positions: Array, intervention: Any = None
+    self, tokens: Array, segment_ids: Array, positions: Array, intervention: Any = None, logits: bool = True
   ) -> tuple[Array, ModelCounts]:
     """Next-token logits.
 
@@ -205,9 +207,11 @@ class Transformer(nn.Module):
       positions: [B, T] int32, position in the segment.
       intervention: optional pytree, itself a callable (gate, up, hidden) -> hidden, every leaf with a leading axis L:
         layer l applies the slice l. Its leaves are traced, so sweeping their values does not recompile.
+      logits: if false, what the head would read is returned instead (`token_losses` needs no more).
 
     Returns:
-      logits [B, T, V] float32, and by kind of FFN the HiddenCounts with fired [L, E, F] and routed [L, E].
+      logits [B, T, V] float32 (or the final hidden [B, T, D] in the compute dtype), and by kind of FFN the HiddenCounts
+      with fired [L, E, F] and routed [L, E].
     """
     config = self.config
     embed = _weight(self, "embed", "VD", fan_in="D")
@@ -228,12 +232,34 @@ class Transformer(nn.Module):
     x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, masks, valid, *rest)
     counts |= others
     x = _norm(self, "final_norm", x)
+    if not logits:
+      return x, counts
     if config.tie_embeddings:
-      logits = jnp.einsum("btd,vd->btv", x, embed, preferred_element_type=jnp.float32)
+      out = jnp.einsum("btd,vd->btv", x, embed, preferred_element_type=jnp.float32)
     else:
       head = _weight(self, "head", "DV", fan_in="D")
-      logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
-    return constrain(layers.softcap(logits, config.final_softcap), "BTV"), counts
+      out = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    return constrain(layers.softcap(out, config.final_softcap), "BTV"), counts
+
+
+def token_losses(
+  model: Transformer, params: Any, batch: Mapping[str, Array], intervention: Any = None
+) -> tuple[Array, Array, ModelCounts]:
+  """Cross-entropy of a batch's targets, without ever holding the logits [B, T, V].
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    batch: inputs, targets, segment_ids, positions, each [B, T] int32.
+    intervention: see `Transformer`.
+
+  Returns:
+    -log p(target) and log Z, [B, T] float32 each, and the counts of the hidden.
+  """
+  inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+  hidden, counts = model.apply({"params": params}, *inputs, intervention, logits=False)
+  head = params["embed"].T if model.config.tie_embeddings else params["head"]  # [D, V]
+  return *head_cross_entropy(hidden, head, batch["targets"], model.config.final_softcap), counts
 
 
 def remat_policy(name: str):

@@ -59,6 +59,13 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
   return Run(model, tx, target)
 
 
+def compiled_step(run: Run, settings: ml_collections.ConfigDict) -> Callable:
+  """The jitted training step (state, batch) -> (state, metrics) of `config.train`; the state is given away."""
+  schedule = learning_rate(settings)
+  step = make_train_step(run.model, run.tx, schedule, z_loss=settings.z_loss, microbatches=settings.microbatches)
+  return jax.jit(step, donate_argnums=0)
+
+
 def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, int]:
   """Step 0 and the tokens seen so far: parameters by `init`, or random when None; a fresh optimizer."""
   tokens_seen = 0
@@ -100,16 +107,7 @@ def train(
   """
   settings = config.train
   run = prepare(config, mesh)
-  train_step = jax.jit(
-    make_train_step(
-      run.model,
-      run.tx,
-      learning_rate(settings),
-      z_loss=settings.z_loss,
-      microbatches=settings.microbatches,
-    ),
-    donate_argnums=0,
-  )
+  train_step = compiled_step(run, settings)
 
   with checkpoint.manager(workdir, keep=settings.keep_checkpoints) as checkpoints:
     start, position = checkpoints.latest_step() or 0, None

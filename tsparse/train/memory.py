@@ -8,6 +8,7 @@ import numpy as np
 
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
+from tsparse.models.loss import BLOCKS
 from tsparse.train.step import TrainState
 
 
@@ -16,8 +17,8 @@ def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
 
   Counted: what each layer keeps for the backward pass (with remat "full" its input only), the working set of one layer
   (projections, attention scores, the hidden of the experts a token is routed to, or of all with moe_impl "dense"), and
-  the logits with their gradient in float32. Not counted: the room "ep_allgather" keeps for its group's tokens. XLA's
-  fusions and temporaries make the true figure differ by some tens of percent.
+  one block of the logits with its gradient in float32. Not counted: the room "ep_allgather" keeps for its group's
+  tokens. XLA's fusions and temporaries make the true figure differ by some tens of percent.
   """
   width = 2 if model.dtype == "bfloat16" else 4
   s = model.sizes
@@ -28,7 +29,7 @@ def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
   hidden = (3 + bool(model.predictor_ranks)) * neurons * width  # gate, up, hidden, and the predictor's mask
   outputs = {"none": projections + scores + hidden, "dots": projections + hidden, "full": s["D"] * width}[model.remat]
   working = 2 * (projections + scores + hidden)
-  logits = 2 * 4 * s["V"]
+  logits = 2 * 4 * s["V"] // BLOCKS
   return tokens * (model.num_layers * outputs + working + logits)
 
 

@@ -15,8 +15,7 @@ from tsparse.models.counts import (
   zero_fraction,
   zero_fraction_per_layer,
 )
-from tsparse.models.loss import cross_entropy
-from tsparse.models.transformer import Transformer
+from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain
 
 Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions: [B, T] int32
@@ -42,8 +41,7 @@ class Sums:
 
 def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) -> tuple[jax.Array, Sums]:
   """Sum over the batch's tokens of  -log p(target) + z_loss * (log Z)^2  (z-loss: PaLM, arXiv 2204.02311)."""
-  logits, counts = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"])
-  nll, log_z = cross_entropy(logits, batch["targets"])  # [B, T]
+  nll, log_z, counts = token_losses(model, params, batch)  # [B, T]
   real = batch["segment_ids"] > 0
   sums = Sums(
     nll=jnp.sum(nll, where=real),

@@ -40,6 +40,21 @@ def near(actual, expected):
   np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-5)
 
 
+VALID = np.arange(TIME) < np.array([10, 10, 7, 1, 0, 10])[:, None]
+
+
+@functools.cache
+def compiled(impl, mesh, masked):
+  """For this mesh, a jitted function of what `layer` makes, one for all loads."""
+  intervene = TopK(jnp.float32(0.6)) if masked else None
+
+  def outputs(x, router, experts, predictors):
+    out, counts = moe(impl, x, router, experts, VALID, activation("drelu"), 2, True, predictors, intervene)
+    return jnp.sum(out * jnp.cos(jnp.arange(D))), (out, counts)
+
+  return jax.jit(jax.value_and_grad(outputs, argnums=(0, 1, 2, 3), has_aux=True))
+
+
 @functools.cache
 def layer(impl, mesh, load, predicted=False, masked=False):
   """Output, counts and gradients of a layer whose tokens go to its experts as `load` says."""
@@ -51,17 +66,8 @@ def layer(impl, mesh, load, predicted=False, masked=False):
   if predicted:
     fc1, fc2 = jax.random.normal(next(keys), (E, D, R)), jax.random.normal(next(keys), (E, R, F))
     predictors = Predictors(fc1, fc2, jax.random.normal(next(keys), (ROWS, TIME, D)))
-  valid = jnp.arange(TIME) < jnp.array([10, 10, 7, 1, 0, 10])[:, None]
-  intervene = TopK(jnp.float32(0.6)) if masked else None
-
-  def outputs(x, router, experts, predictors):
-    out, counts = moe(impl, x, router, experts, valid, activation("drelu"), 2, True, predictors, intervene)
-    return jnp.sum(out * jnp.cos(jnp.arange(D))), (out, counts)
-
   with on(MESHES[mesh]):
-    (_, aux), gradients = jax.jit(jax.value_and_grad(outputs, argnums=(0, 1, 2, 3), has_aux=True))(
-      x, router, experts, predictors
-    )
+    (_, aux), gradients = compiled(impl, mesh, masked)(x, router, experts, predictors)
   return jax.tree.map(np.asarray, (*aux, gradients))
 
 

@@ -216,3 +216,9 @@ def test_the_gradient_of_a_predictor_is_straight_through():
   )
   per_expert = predict(x, jnp.stack([fc1, -fc1]), jnp.stack([fc2, fc2]))
   np.testing.assert_array_equal(per_expert[:, :, 0], mask)
+
+
+def test_the_entropy_of_the_load_is_that_of_the_shares():
+  routed = np.array([[8, 8, 8, 8], [0, 5, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]])
+  entropy = counts.expert_load_entropy(counts.HiddenCounts(fired=np.zeros((4, 4, 2)), routed=routed))
+  np.testing.assert_allclose(entropy, [np.log(4), 0, 0, 2 * np.log(2) - 0.75 * np.log(3)], atol=1e-6)

@@ -2,7 +2,7 @@
 
 Axis letters used everywhere (einsum strings, logical axis names, shape comments):
 B batch · T time · D model · F ffn · H head_dim · N query heads · K kv heads · V vocab · E experts · L layers ·
-R rank of a predictor.
+R rank of a predictor · S token-choice slots (B T top_k, sorted by expert).
 """
 
 import dataclasses

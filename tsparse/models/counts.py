@@ -83,3 +83,12 @@ def _fired_and_entries(counts: HiddenCounts) -> tuple[Array, Array]:
 def dead_neurons(counts: HiddenCounts) -> Array:
   """[L, E]: neurons that never fired."""
   return (counts.fired == 0).sum(-1)
+
+
+def expert_load_entropy(counts: HiddenCounts) -> Array:
+  """[L], nats: - sum over e of p_e ln p_e, p_e the share of the routed tokens that expert e of the layer got.
+
+  ln E when all got as many, 0 when one got all, or there were none.
+  """
+  share = counts.routed / jnp.maximum(counts.routed.sum(-1, keepdims=True), 1)
+  return jax.scipy.special.entr(share).sum(-1)

@@ -11,6 +11,7 @@ from flax import struct
 from tsparse.models.counts import (
   ModelCounts,
   dead_neurons,
+  expert_load_entropy,
   model_zero_fraction,
   zero_fraction,
   zero_fraction_per_layer,
@@ -102,6 +103,8 @@ def make_train_step(
       "dead_neurons": sum(jnp.sum(dead_neurons(c)) for c in sums.counts.values()),  # in this batch
       "tokens_per_expert": sums.counts["ffn"].routed,  # [L, E]
     }
+    if model.config.num_experts:
+      metrics["expert_load_entropy_per_layer"] = expert_load_entropy(sums.counts["ffn"])  # [L]
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step

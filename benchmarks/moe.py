@@ -1,0 +1,140 @@
+"""Time of a layer of experts, by each implementation, over that of a dense FFN with the same active FLOPs.
+
+python benchmarks/moe.py
+python benchmarks/moe.py --implementations=ragged --repeats=20 --json=moe.json
+
+On 2 CPU cores under other load (4 to 5 processes each; least of 5 runs in turns, --implementations=ragged --repeats=5),
+4096 tokens, D 512, 2048 neurons a token, 25.8 GFLOP forward, float32:
+
+ E top_k  layer         forward ms  ratio  + gradient ms  ratio  FLOPs
+ 8     2  dense FFN          658.8   1.00         1900.2   1.00    1.0
+ 8     2  ragged             590.7   0.90         1999.8   1.05    1.0
+64     8  dense FFN          704.0   1.00         2623.9   1.00    1.0
+64     8  ragged             663.8   0.94         2739.9   1.04    1.0
+
+FLOPs: matrix products over the dense FFN's, the least the ratio can be where both multiply as fast. Target 1.5.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from absl import flags
+
+from tsparse import cli, files
+from tsparse.errors import UserError
+
+TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens of the batch.")
+D_MODEL = flags.DEFINE_integer("d_model", 512, "D.")
+WIDTH = flags.DEFINE_integer("width", 2048, "Neurons a token meets: F of the dense FFN, F * top_k of the experts.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Times each is run, in turns; the least counts.")
+IMPLEMENTATIONS = flags.DEFINE_string("implementations", "ragged,ep_allgather,dense", "Which, separated by commas.")
+JSON = flags.DEFINE_string("json", "", "Where the same figures are written.")
+EXPERTS = ((8, 2), (64, 8))  # E and top_k: Mixtral's, and OLMoE's
+LIMIT = 1.5
+
+
+def layers(experts: int, chosen: int) -> dict:
+  """Name -> (function of x and weights, weights): the dense FFN and each implementation, over random arrays."""
+  import jax
+  import jax.numpy as jnp
+
+  from tsparse.activations import activation
+  from tsparse.models.ffn import feed_forward
+  from tsparse.models.moe import IMPLEMENTATIONS as KNOWN
+  from tsparse.models.moe import Experts, moe
+
+  act, dim, width = activation("drelu"), D_MODEL.value, WIDTH.value
+  narrow = width // chosen
+  names = IMPLEMENTATIONS.value.split(",")
+  unknown = set(names) - set(KNOWN)
+  if unknown or width % chosen:
+    raise UserError(
+      f"--implementations {sorted(unknown)} unknown, of {list(KNOWN)}; or --width no multiple of {chosen}."
+    )
+  valid = jnp.ones((1, TOKENS.value), bool)
+
+  def weights(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) * dim**-0.5 for key, shape in zip(keys, shapes, strict=True)]
+
+  dense = weights((dim, width), (dim, width), (width, dim))
+  routed = weights((experts, dim, narrow), (experts, dim, narrow), (experts, narrow, dim), (dim, experts))
+
+  def of(name):
+    return lambda x, gate, up, down, router: moe(name, x, router, Experts(gate, up, down), valid, act, chosen)
+
+  ffn = {"dense FFN": (lambda x, gate, up, down: feed_forward(x, gate, up, down, valid, act), dense)}
+  return ffn | {name: (of(name), routed) for name in names}
+
+
+def least(functions: dict) -> dict:
+  """Name -> least seconds of its runs, taken in turns, so that a busy machine is busy for all."""
+  import jax
+
+  for function, arguments in functions.values():
+    jax.block_until_ready(function(*arguments))
+  seconds = dict.fromkeys(functions, float("inf"))
+  for _ in range(REPEATS.value):
+    for name, (function, arguments) in functions.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function(*arguments))
+      seconds[name] = min(seconds[name], time.perf_counter() - start)
+  return seconds
+
+
+def measure(experts: int, chosen: int) -> list[dict]:
+  """One row for each implementation: seconds and ratios, forward and forward + gradient."""
+  import jax
+
+  x = jax.random.normal(jax.random.key(1), (1, TOKENS.value, D_MODEL.value))
+  forward, gradient = {}, {}
+  for name, (layer, weights) in layers(experts, chosen).items():
+
+    def loss(x, *weights, layer=layer):
+      out, counts = layer(x, *weights)
+      return out.var(), counts
+
+    forward[name] = jax.jit(layer), (x, *weights)
+    gradient[name] = jax.jit(jax.grad(loss, argnums=range(len(weights) + 1), has_aux=True)), (x, *weights)
+  forward, gradient = least(forward), least(gradient)
+  return [
+    {
+      "experts": experts,
+      "top_k": chosen,
+      "layer": name,
+      "forward_ms": 1e3 * forward[name],
+      "forward_ratio": forward[name] / forward["dense FFN"],
+      "gradient_ms": 1e3 * gradient[name],
+      "gradient_ratio": gradient[name] / gradient["dense FFN"],
+      "flops_ratio": experts / chosen if name == "dense" else 1.0,
+    }
+    for name in forward
+  ]
+
+
+def main():
+  """Measures, prints the table, writes the JSON."""
+  rows = [row for experts, chosen in EXPERTS for row in measure(experts, chosen)]
+  flops = 6 * TOKENS.value * D_MODEL.value * WIDTH.value
+  print(
+    f"{TOKENS.value} tokens, D {D_MODEL.value}, {WIDTH.value} neurons a token: {flops / 1e9:.1f} GFLOP forward, float32"
+  )
+  print(
+    f"{'E':>3}{'top_k':>6}  {'layer':13}{'forward ms':>11}{'ratio':>7}{'+ gradient ms':>15}{'ratio':>7}{'FLOPs':>7}"
+  )
+  for row in rows:
+    print(
+      f"{row['experts']:3}{row['top_k']:6}  {row['layer']:13}{row['forward_ms']:11.1f}{row['forward_ratio']:7.2f}"
+      f"{row['gradient_ms']:15.1f}{row['gradient_ratio']:7.2f}{row['flops_ratio']:7.1f}"
+    )
+  print(f"FLOPs: matrix products over the dense FFN's, the least the ratio can be; target of the ratio: {LIMIT}")
+  if JSON.value:
+    Path(JSON.value).write_text(files.to_json({"tokens": TOKENS.value, "target": LIMIT, "rows": rows}))
+
+
+if __name__ == "__main__":
+  cli.script(main, __doc__)

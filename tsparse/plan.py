@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tsparse import files, sharding
 from tsparse.check import check_sections, check_step
-from tsparse.errors import UserError
+from tsparse.errors import RunFailure, UserError
 from tsparse.models.config import model_config, parameter_counts
 from tsparse.models.flops import FLOPS_DEFINITION, training_flops
 from tsparse.train import topology
@@ -42,6 +42,9 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
   Returns:
     seconds; then memory (bytes by part) and collectives, or out_of_memory, what the compiler says.
+
+  Raises:
+    RunFailure: the compiler refuses the step for another reason.
   """
   run = prepare(config, mesh)
   shape = config.train.batch_size, config.train.seq_len
@@ -54,7 +57,7 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if not (found := OUT_OF_MEMORY.search(str(error))):
-        raise
+        raise RunFailure(f"the step cannot be compiled: {str(error).strip().splitlines()[0]}") from error
       return {"seconds": time.monotonic() - start, "out_of_memory": found[0].strip().rstrip(".")}
   held = compiled.memory_analysis()
   return {

@@ -1,0 +1,92 @@
+"""experiments/plan.py: what it writes, and what it answers to bad input."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+
+from tsparse.errors import UserError
+from tsparse.train.topology import parse
+
+SMALL = [
+  "--config.model.num_layers=2",
+  "--config.model.d_model=32",
+  "--config.model.d_ff=64",
+  "--config.train.seq_len=32",
+]
+
+
+def plan(*arguments):
+  command = [sys.executable, "experiments/plan.py", *map(str, arguments)]
+  return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_step_is_compiled_for_virtual_devices(tmp_path):
+  done = plan(
+    "--config=configs/tiny_drelu.py", "--topology=cpu:8", *SMALL, f"--out={tmp_path}/plan.json", "--zero_fraction=1"
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "plan.json").read_text())
+  assert result["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1} and result["source"] == "compiler"
+  memory = result["memory"]
+  exact = memory["estimate"]["parameters"] + memory["estimate"]["optimizer"]
+  batch = 4 * 2 * 32 * 4  # inputs, targets, segment_ids, positions of 2 rows
+  assert memory["compiler"]["arguments"] == exact + batch + 4  # and the step
+  assert result["collectives"]["all-gather"]["bytes"] > 0 and memory["compiler"]["temporaries"] > 0
+  assert result["flops"]["sparse"] == result["flops"]["model"] - 3 * 512 * 2 * 2 * 3 * 32 * 64
+  assert result["tokens_per_step"] == 512 and result["fits"] is None
+  assert "all-gather per step and chip" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (["--topology=v9:4x4"], "--topology=v9:4x4 is unknown: choose one like v5e:16x16, v5p:4x4x8"),
+    (["--topology=v5p:4x4"], "--topology=v5p:4x4 is unknown"),
+    (["--topology=cpu:8", "--config.mesh.fsdp=3"], "fsdp=3, tensor=1, expert=1) covers 3 devices and there are 8"),
+    (["--topology=cpu:8", "--config.mesh.tensor=8"], "axis N has length 4, which does not divide over"),
+    (["--topology=cpu:8", "--config.train.microbatches=4"], "axis B has length 4, which does not divide"),
+    (["--topology=cpu:8", "--zero_fraction=2"], "--zero_fraction=2.0: it is a share"),
+    ([], "--config and --topology are needed"),
+  ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
+  done = plan("--config=configs/tiny_drelu.py", *arguments, f"--out={tmp_path}/plan.json")
+  assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+  assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_memory_is_estimated_and_that_is_said(tmp_path):
+  for microbatches, fits in ((8, True), (1, False)):
+    done = plan(
+      "--config=configs/mistral_drelu.py", "--topology=v5p:4x4x4", f"--config.train.microbatches={microbatches}",
+      f"--out={tmp_path}/plan.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result["fits"] is fits and "libtpu is not installed" in result["source"] and "roofline" not in result
+    assert ("raise --config.train.microbatches" in " ".join(done.stdout.split())) is not fits
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: requirements-tpu.txt")
+def test_libtpu_compiles_for_chips_that_are_not_there(tmp_path):
+  arguments = ["--config=configs/tiny_drelu.py", *SMALL, f"--out={tmp_path}/plan.json"]
+  done = plan(*arguments, "--topology=v5e:2x2")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "plan.json").read_text())
+  assert result["fits"] is True and result["source"] == "compiler" and result["days"] > 0
+  huge = ["--config.model.d_model=8192", "--config.model.d_ff=65536", "--config.train.batch_size=512"]
+  done = plan(*arguments, "--topology=v5e:2x2", *huge)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False and "the compiler says" in done.stdout
+
+
+def test_topologies_are_parsed():
+  assert parse("v5p:4x4x8") == ("v5p", (4, 4, 8)) and parse("cpu:8") == ("cpu", (8,))
+  for name in ("v5e", "v5e:0x4", "v5e:4x4x4", "cpu:2x2", "v5p:axb", ""):
+    with pytest.raises(UserError, match="unknown: choose one like"):
+      parse(name)

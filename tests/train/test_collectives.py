@@ -1,0 +1,74 @@
+"""Collectives read from HLO text: loops multiplied, asynchronous forms by their result."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tsparse import sharding
+from tsparse.train.collectives import collectives, result_bytes
+
+NESTED = """HloModule step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %a = f32[] add(%x, %y)
+}
+
+%inner (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %r = f32[8,4]{1,0:T(8,128)} all-reduce(%v), replica_groups={{0,1}}, to_apply=%add
+}
+
+%inner_condition (p: (s32[], f32[8,4])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%outer (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %w = (s32[], f32[8,4]) while(%t), condition=%inner_condition, body=%inner
+  %g = (bf16[4,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%q), dimensions={0}
+}
+
+%outer_condition (p: (s32[], f32[8,4])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %w = (s32[], f32[8,4]) while(%t), condition=%outer_condition, body=%outer, TRIPS
+  %x = f32[2,4]{1,0} reduce-scatter(%a), dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_loops_multiply_and_starts_count_their_result():
+  counted = collectives(NESTED.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"3"}}'))
+  assert counted == {
+    "all-gather": {"count": 3, "bytes": 3 * 16 * 4 * 2},
+    "all-reduce": {"count": 15, "bytes": 15 * 8 * 4 * 4},
+    "reduce-scatter": {"count": 1, "bytes": 2 * 4 * 4},
+  }
+
+
+def test_a_loop_whose_length_is_unknown_is_not_guessed():
+  with pytest.raises(ValueError, match="trip count"):
+    collectives(NESTED)
+
+
+def test_bytes_of_types():
+  assert (
+    result_bytes("(bf16[2,3]{1,0}, pred[4], s8[5], f8e4m3fn[6], u64[1], f32[])", halves=False) == 12 + 4 + 5 + 6 + 12
+  )
+
+
+def test_a_compiled_program_has_the_collectives_of_its_scan():
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "expert": 1})
+  rows = NamedSharding(mesh, P(None, "fsdp"))
+  whole = NamedSharding(mesh, P())
+
+  def program(weights, x):
+    return jax.lax.scan(lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), whole), None), x, weights)[0]
+
+  weights = jax.ShapeDtypeStruct((6, 16, 16), jnp.float32, sharding=NamedSharding(mesh, P(None, None, "fsdp")))
+  x = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=rows)
+  counted = collectives(jax.jit(program).lower(weights, x).compile().as_text())
+  assert counted["all-gather"]["count"] >= 6 and set(counted) == {"all-gather"}

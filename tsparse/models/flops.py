@@ -1,0 +1,53 @@
+"""Floating-point operations of a model, counted from its architecture; a compiler counts the body of a loop once."""
+
+from collections.abc import Mapping
+
+from tsparse.models.config import FFNS, ModelConfig, parameter_counts
+
+FLOPS_DEFINITION = (
+  "2 for each multiply-add of a matrix product. Forward, for one token: 2 x (weights of attention, head, router and "
+  "predictors, and of the FFNs, of routed experts those the token meets), plus 4 L N H T for the scores of attention "
+  "and what they weigh, the whole row counted although half is masked; a training step is 3 times that (PaLM, arXiv "
+  "2204.02311, appendix B). `executed` adds what this program does on top: every expert where all are computed, and "
+  "the forward pass of the layers again with remat. `sparse` is `model` with the FFNs times 1 - zero_fraction: where "
+  "the hidden of dReLU is zero so are its gradients; finding the zeros is not counted"
+)
+
+
+def forward_flops(config: ModelConfig, seq_len: int, every_expert: bool = False) -> dict[str, float]:
+  """Operations of the forward pass for one token, by component. See FLOPS_DEFINITION.
+
+  Args:
+    config: the model.
+    seq_len: T.
+    every_expert: a token meets all experts (the dense oracle), not experts_per_token of them.
+  """
+  weights = parameter_counts(config)
+  routed = config.experts_per_token / config.num_experts if config.num_experts and not every_expert else 1.0
+  return {
+    "head": 2 * config.vocab_size * config.d_model,
+    "attention": 2 * weights["attention"] + 4 * config.num_layers * config.num_heads * config.head_dim * seq_len,
+    "router": 2 * weights["router"],
+    "predictor": 2 * weights["predictor"] * routed,
+    "ffn": 2 * weights["ffn"] * routed,
+    "shared": 2 * weights["shared"],
+    "first": 2 * weights["first"],
+  }
+
+
+def training_flops(config: ModelConfig, tokens: int, seq_len: int, zero_fraction: float) -> Mapping[str, float]:
+  """Operations of a training step over `tokens` tokens: model, executed and sparse. See FLOPS_DEFINITION.
+
+  With remat "dots" the outputs of the weight matrices are kept, and only the scores of attention are computed again.
+  """
+  needed, done = forward_flops(config, seq_len), forward_flops(config, seq_len, every_expert=True)
+  layers = sum(done.values()) - done["head"]
+  scores = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
+  # the blocks of the cross-entropy are computed again whatever the layers do
+  again = done["head"] + {"none": 0, "dots": scores, "full": layers}[config.remat]
+  ffn = sum(needed[name] for name in FFNS)
+  return {
+    "model": 3 * tokens * sum(needed.values()),
+    "executed": tokens * (3 * sum(done.values()) + again),
+    "sparse": 3 * tokens * (sum(needed.values()) - zero_fraction * ffn),
+  }

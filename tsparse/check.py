@@ -35,10 +35,6 @@ def check_sections(config: ml_collections.ConfigDict):
 def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
   mesh = sharding.make_mesh(config.mesh)
-  if jax.process_count() > 1:
-    raise UserError(
-      f"{jax.process_count()} hosts were started: training runs on one host with all its devices for now."
-    )
   settings = config.train
   for key in POSITIVE:
     if not 0 < settings[key] < float("inf"):
@@ -82,7 +78,7 @@ def check(config: ml_collections.ConfigDict):
   needed = memory.training_bytes(
     model, prepare(config, mesh).target, rows_per_device, settings.seq_len, settings.microbatches
   )
-  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, model.remat)
+  memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model)
   check_data(config.data, model.vocab_size)

@@ -12,7 +12,7 @@ import numpy as np
 from tsparse.models.counts import ModelCounts, model_zero_fraction
 from tsparse.models.loss import cross_entropy
 from tsparse.models.transformer import Transformer
-from tsparse.sharding import constrain, place
+from tsparse.sharding import constrain, place, replicate
 
 DEFINITIONS = {
   "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
@@ -60,7 +60,7 @@ def batch_sums(
     {"params": params}, batch["inputs"], batch["segment_ids"], batch["positions"], intervention
   )
   nll, _ = cross_entropy(logits, batch["targets"])  # [B, T]
-  return jnp.sum(nll, where=batch["segment_ids"] > 0), counts
+  return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), counts))  # every host reads all of it
 
 
 compiled = jax.jit(batch_sums, static_argnums=0)

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from configs import default
@@ -22,6 +23,20 @@ from tsparse.train import checkpoint, resume
 from tsparse.train.clock import KNOWN, Clock
 from tsparse.train.log import MetricWriter
 from tsparse.train.loop import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  """Every run here compiles the same step: one is enough."""
+  options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+  options |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": 0}
+  before = {name: getattr(jax.config, name) for name in options}
+  for settings in (options, before):
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if settings is options:
+      yield
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,8 @@ class Saver:
     step, self._writing, error = self._writing, None, None
     try:
       self._manager.wait_until_finished()
-      if step not in self._manager.all_steps(read=True):
+      self._manager.reload()
+      if step not in self._manager.all_steps():
         raise OSError("it is not there after having been written")
       if hosts.is_main():
         resume.record(self._workdir, step)

@@ -35,12 +35,8 @@ def check_sections(config: ml_collections.ConfigDict):
 def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
   mesh = sharding.make_mesh(config.mesh)
-  if jax.process_count() > 1:
-    raise UserError(
-      f"{jax.process_count()} hosts were started: training runs on one host with all its devices for now."
-    )
   needed = check_step(config, mesh)
-  memory.check_fits(needed, memory.device_bytes(jax.devices()), config.name, config.smaller, config.model.remat)
+  memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
   check_data(config.data, config.model.vocab_size)

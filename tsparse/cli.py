@@ -1,6 +1,6 @@
 """What every script of experiments/ does around its one function: flags, and errors as sentences.
 
-Exit codes: 0 done, 2 bad input (one sentence, no traceback), 1 failure.
+Exit codes: 0 done, or stopped by SIGTERM with everything saved; 2 bad input (one sentence, no traceback); 1 failure.
 """
 
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from tsparse.errors import RunFailure, UserError
+from tsparse.errors import RunFailure, Stopped, UserError
 from tsparse.workdir import flatten
 
 
@@ -18,7 +18,8 @@ def script(main: Callable[[], None], description: str):
   """Parses the flags of a script, runs `main` and exits.
 
   Args:
-    main: does the work; flags are parsed when it is called. It may raise UserError (exit 2) or RunFailure (exit 1).
+    main: does the work; flags are parsed when it is called. It may raise UserError (exit 2), RunFailure (exit 1) or
+      Stopped (its own).
     description: what `--help` prints above the flags.
   """
   if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
@@ -33,6 +34,9 @@ def script(main: Callable[[], None], description: str):
   except RunFailure as error:
     print(f"failed: {error}", file=sys.stderr)
     sys.exit(1)
+  except Stopped as stop:
+    print(f"stopped: {stop}", file=sys.stderr)
+    sys.exit(stop.exit_code)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr)
     sys.exit(130)

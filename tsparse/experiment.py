@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from tsparse import files, sharding
+from tsparse import files, hosts, sharding
 from tsparse import workdir as workdirs
 from tsparse.activations import activation
 from tsparse.analysis.report import print_table, write_report
@@ -34,8 +35,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   Raises:
     UserError: the config cannot be run here; nothing was changed.
     RunFailure: training went wrong.
+    Stopped: a signal stopped training, which saved itself.
   """
-  console = console or Console()
+  console = (console or Console()) if hosts.is_main() else Console(quiet=True)
   check_sections(config)
   base = base_config(config)
   init = workdir / "base" if base else Path(config.init) if config.init else None
@@ -54,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as claims:
     for stage, folder, *_ in stages:
-      claims.enter_context(workdirs.claim(folder, stage))
+      hosts.on_main(functools.partial(claims.enter_context, workdirs.claim(folder, stage)))
     held_out = evaluation_batches(
       config.data,
       seq_len=config.train.seq_len,
@@ -72,17 +74,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     seconds["analysis"] = round(time.monotonic() - began, 1)
 
     facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
-    page = write_report(analysis, facts, workdir / "report")
+    hosts.on_main(lambda: write_report(analysis, facts, workdir / "report"))
   print_table(analysis, console)
-  console.print(f"report  {page}", highlight=False, soft_wrap=True)
+  console.print(f"report  {workdir / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
   return analysis
 
 
 def open_init(init: Path, workdir: Path) -> Model:
   """The model that the experiment of `workdir` starts from: the checkpoint that was the newest at its first start."""
   record = workdir / "init.json"
-  if not record.exists():
-    files.write(record, files.to_json({"model": init, "step": open_model(init).step}))
+  if hosts.any_host(not record.exists()):
+    step = open_model(init).step
+    hosts.on_main(lambda: files.write(record, files.to_json({"model": init, "step": step})))
   return open_model(init, json.loads(record.read_text())["step"])
 
 

@@ -74,15 +74,25 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def replicate(tree: Any) -> Any:
+  """`tree` with a whole copy of each array on every device; unchanged when no mesh is set."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
+
+
 def shardings(mesh: jax.sharding.Mesh, logical: Any) -> Any:
   """Tree of NamedSharding for a tree of PartitionSpec whose entries are axis letters (nn.get_partition_spec)."""
   return jax.tree.map(lambda s: NamedSharding(mesh, spec(s)), logical, is_leaf=lambda s: isinstance(s, P))
 
 
 def place(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """This host's rows [B / hosts, T] of each array as a global [B, T], its rows split over the data axes."""
+  """A batch [B, T], the same on every host, on the devices, its rows split over the data axes.
+
+  Each host puts the rows of its own devices there, whichever the mesh gives them.
+  """
   rows = NamedSharding(mesh, spec("BT"))
-  return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
+  return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
 
 
 def shard_count(mesh: jax.sharding.Mesh, letter: str) -> int:

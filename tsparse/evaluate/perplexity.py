@@ -11,7 +11,7 @@ import numpy as np
 
 from tsparse.models.counts import ModelCounts, model_zero_fraction
 from tsparse.models.transformer import Transformer, token_losses
-from tsparse.sharding import constrain, place
+from tsparse.sharding import constrain, place, replicate
 
 DEFINITIONS = {
   "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
@@ -56,7 +56,7 @@ def batch_sums(
   """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   nll, _, counts = token_losses(model, params, batch, intervention)  # [B, T]
-  return jnp.sum(nll, where=batch["segment_ids"] > 0), counts
+  return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), counts))  # every host reads all of it
 
 
 compiled = jax.jit(batch_sums, static_argnums=0)

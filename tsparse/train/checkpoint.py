@@ -1,6 +1,8 @@
 """Checkpoints on disk: Orbax, asynchronous, the last N, with the position in the data inside.
 
 WORKDIR/checkpoints/STEP/{params, optimizer, data}      beside the WORKDIR's config.json (tsparse/workdir.py)
+
+`resume.py` finds the newest that is whole, `saver.py` lives with saves that fail.
 """
 
 import base64

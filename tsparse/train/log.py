@@ -1,7 +1,10 @@
 """Where training reports: metrics.jsonl and TensorBoard."""
 
+import contextlib
+import itertools
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +15,76 @@ class MetricWriter:
   """Appends one line of JSON per call to metrics.jsonl, and its scalars to TensorBoard.
 
   A run that resumes at `step` drops what an interrupted run had written of later steps, so that every step is there
-  once.
+  once. A full disk does not end a run: lines wait in memory until they can be written; TensorBoard misses them.
   """
 
-  def __init__(self, workdir: Path, step: int):
-    from tensorboardX import SummaryWriter  # imports torch where that is installed
-
-    path = workdir / "metrics.jsonl"
-    if path.exists():
+  def __init__(self, workdir: Path, step: int, warn: Callable[[str], None]):
+    self._path, self._warn = workdir / "metrics.jsonl", warn
+    if self._path.exists():
       # the last line may be half of one, if the run was killed while writing it
-      lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+      lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
       kept = [line for line in lines if json.loads(line)["step"] <= step]
-      write(path, "".join(line + "\n" for line in kept))
-    self._file = path.open("a")
-    self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+      write(self._path, "".join(line + "\n" for line in kept))
+    self._waiting, self._failing = b"", False
+    self._board = Board(workdir / "tensorboard", step + 1)
 
   def write(self, step: int, metrics: Mapping[str, Any]):
     """Records `metrics` (numbers and arrays) of `step`."""
     metrics = strict(metrics)
-    self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._file.flush()
-    for name, value in metrics.items():
-      if isinstance(value, (int, float)):
-        self._board.add_scalar(name, value, step)
+    self._waiting += (json.dumps({"step": step, **metrics}) + "\n").encode()
+    try:
+      self._write_lines()
+      self._board.write(step, {name: x for name, x in metrics.items() if isinstance(x, (int, float))})
+      self._failing = False
+    except OSError as error:
+      self._board.forget()
+      if not self._failing:
+        self._warn(f"metrics of step {step} could not be written ({error.strerror or error}); training goes on.")
+      self._failing = True
 
   def close(self):
-    """Flushes both."""
-    self._file.close()
-    self._board.close()
+    """Ends both, with a warning where lines of metrics.jsonl are lost."""
+    self._board.forget()
+    try:
+      self._write_lines()
+    except OSError as error:
+      lost = self._waiting.count(b"\n")
+      self._warn(f"the last {lost} lines of {self._path} could not be written ({error.strerror or error}).")
+
+  def _write_lines(self):
+    if self._waiting:
+      with self._path.open("ab", buffering=0) as file:  # unbuffered: what is not written stays in our hands
+        while self._waiting:
+          self._waiting = self._waiting[file.write(self._waiting) :]
+
+
+class Board:
+  """TensorBoard's files, written at once: tensorboardX's own thread dies on a full disk, and its queue then blocks."""
+
+  def __init__(self, folder: Path, first_step: int):
+    self._folder, self._first_step = folder, first_step
+    self._files, self._numbers = None, itertools.count()
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    """Records numbers of `step`. OSError where they cannot be; the next call then begins another file."""
+    from tensorboardX import summary  # imports torch where that is installed
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    if self._files is None:
+      self._folder.mkdir(exist_ok=True)
+      self._files = EventsWriter(str(self._folder / "events"), f".{next(self._numbers)}")
+      if self._first_step:  # hides what an interrupted run wrote of later steps
+        start = SessionLog(status=SessionLog.START)
+        self._files.write_event(Event(step=self._first_step, session_log=start, wall_time=time.time()))
+        self._first_step = 0
+    for name, value in scalars.items():
+      self._files.write_event(Event(step=step, summary=summary.scalar(name, value), wall_time=time.time()))
+    self._files.flush()
+
+  def forget(self):
+    """Closes the file, whatever comes of it."""
+    files, self._files = self._files, None
+    if files is not None:
+      with contextlib.suppress(OSError):  # said when it was written to
+        files.close()

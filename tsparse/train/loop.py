@@ -1,10 +1,10 @@
 """The training loop: from a config to the checkpoints of a workdir."""
 
-import contextlib
 import dataclasses
+import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from tsparse import sharding
+from tsparse import hosts, sharding
 from tsparse.data import train_iterator
-from tsparse.errors import RunFailure
+from tsparse.data.iterator import TrainIterator
+from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
 from tsparse.progress import ProgressLine
-from tsparse.train import checkpoint
+from tsparse.train import checkpoint, failure
+from tsparse.train.clock import Clock
 from tsparse.train.log import MetricWriter
 from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from tsparse.train.resume import restore_newest
+from tsparse.train.saver import Saver
 from tsparse.train.step import TrainState, make_train_step
+from tsparse.train.stop import StopRequest
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
 Init = Callable[[Any], tuple[Any, int]]
@@ -40,6 +45,16 @@ class Run:
   model: Transformer
   tx: optax.GradientTransformation
   target: TrainState  # ShapeDtypeStructs with shardings
+
+
+@dataclasses.dataclass
+class Start:
+  """Where training begins or goes on: after `step`, with the data at the batch that follows."""
+
+  step: int
+  state: TrainState
+  data: TrainIterator
+  tokens_seen: int
 
 
 def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
@@ -63,7 +78,9 @@ def compiled_step(run: Run, settings: ml_collections.ConfigDict) -> Callable:
   """The jitted training step (state, batch) -> (state, metrics) of `config.train`; the state is given away."""
   schedule = learning_rate(settings)
   step = make_train_step(run.model, run.tx, schedule, z_loss=settings.z_loss, microbatches=settings.microbatches)
-  return jax.jit(step, donate_argnums=0)
+  # of several hosts each must be able to read all of the metrics
+  everywhere = (jax.tree.map(lambda x: x.sharding, run.target), run.target.step.sharding)
+  return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 
 def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, int]:
@@ -78,8 +95,29 @@ def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, i
   else:
     params, tokens_seen = init(run.target.params)
   make = jax.jit(run.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.target.opt_state))
-  step = jax.device_put(jnp.zeros((), jnp.int32), run.target.step.sharding)
+  step = jax.device_put(np.zeros((), np.int32), run.target.step.sharding)
   return TrainState(step=step, params=params, opt_state=make(params)), tokens_seen
+
+
+def begin(
+  config: ml_collections.ConfigDict, workdir: Path, run: Run, init: Init | None, warn: Callable[[str], None]
+) -> Start:
+  """The newest whole checkpoint of `workdir`, or step 0 where there is none."""
+  settings = config.train
+  found = restore_newest(workdir, run.target, warn)
+  if found:
+    step, state, tokens_seen = found.step, found.state, found.tokens_seen
+  else:
+    step, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
+  data = train_iterator(
+    config.data,
+    seq_len=settings.seq_len,
+    batch_size=settings.batch_size,
+    seed=data_seed(config.seed, tokens_seen - step * settings.batch_size * settings.seq_len),
+  )
+  if found:
+    data.restore(found.position)
+  return Start(step, state, data, tokens_seen)
 
 
 def train(
@@ -91,7 +129,7 @@ def train(
   title: str,
   init: Init | None = None,
 ) -> None:
-  """Trains what `config` says, resuming from the newest checkpoint of `workdir` if there is one.
+  """Trains what `config` says, resuming from the newest whole checkpoint of `workdir` if there is one.
 
   Args:
     config: the whole experiment; `model`, `activation`, `data`, `train` and `seed` are read.
@@ -103,109 +141,124 @@ def train(
     init: gives the parameters to start from; None starts from random ones.
 
   Raises:
-    RunFailure: the loss or the gradient is not finite.
+    RunFailure: the loss or the gradient is not finite, or the last checkpoint cannot be saved.
+    Stopped: by a signal; the checkpoint is saved.
+    UserError: there are checkpoints, and none is whole.
   """
   settings = config.train
   run = prepare(config, mesh)
   train_step = compiled_step(run, settings)
 
-  with checkpoint.manager(workdir, keep=settings.keep_checkpoints) as checkpoints:
-    start, position = checkpoints.latest_step() or 0, None
-    if start:
-      state, position, tokens_seen = checkpoint.restore(checkpoints, start, run.target)
-    else:
-      state, tokens_seen = initial_state(run, config.seed, init)
-    data = train_iterator(
-      config.data,
-      seq_len=settings.seq_len,
-      batch_size=settings.batch_size,
-      seed=data_seed(config.seed, tokens_seen - start * settings.batch_size * settings.seq_len),
-    )
-    if position:
-      data.restore(position)
-      console.print(f"{title}  resumed at step {start} of {settings.steps}", highlight=False)
+  warn = functools.partial(_warn, console)
+  start = begin(config, workdir, run, init, warn)
+  if start.step:
+    console.print(f"{title}  resumed at step {start.step} of {settings.steps}", highlight=False)
+  bad = run_steps(config, workdir, mesh, run.model, train_step, start, validation, console, title)
+  if bad is None:
+    return
+  del start  # its arrays make room for those of the repetition
+  loss, grad_norm = float(bad.metrics["loss"]), float(bad.metrics["grad_norm"])
+  console.print(f"{title}  step {bad.step} is not finite; repeating it from the last checkpoint", highlight=False)
+  kept = failure.keep(workdir, begin(config, workdir, run, init, warn), train_step, mesh, bad)
+  raise RunFailure(
+    f"{title}: loss {loss} and gradient norm {grad_norm} at step {bad.step} are not finite; no checkpoint has them. "
+    f"{kept} Start again in a new --workdir with a lower --config.train.learning_rate or --config.train.clip_norm, or "
+    "more warmup_steps."
+  )
 
-    writer = MetricWriter(workdir, start)
-    clock = Clock()
-    unread: dict[str, Any] = {}
 
-    def report(step: int, metrics: dict[str, Any]):
-      """Reads the metrics of a dispatched step, preferably not of the newest one, so that the device stays busy."""
-      loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-      if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise RunFailure(
-          f"{title}: loss {loss} and gradient norm {grad_norm} at step {step} are not finite; nothing was saved of "
-          f"that step in {workdir}. Start again in a new --workdir with a lower --config.train.learning_rate or "
-          "--config.train.clip_norm, or more warmup_steps."
-        )
-      speed = clock.tick(float(metrics["tokens"]))
-      zeros = float(metrics["zero_fraction"])
-      pace = f"{speed:,.0f} tokens/s" if speed else "compiled"
-      bar.update(step, f"loss {loss:.3f}  {pace}  zeros {zeros:.1%}")
-      if step % settings.log_every == 0 or step == settings.steps:
-        facts = {"tokens_per_second": speed, "data_wait_fraction": clock.waited_fraction()}
-        writer.write(step, {"loss": loss, **metrics, **facts})
+def run_steps(
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  mesh: jax.sharding.Mesh,
+  model: Transformer,
+  train_step: Callable,
+  start: Start,
+  validation: Sequence[dict[str, np.ndarray]],
+  console: Console,
+  title: str,
+) -> failure.BadStep | None:
+  """The steps of `train`, to the last; the first one whose loss or gradient is not finite ends them and is returned."""
+  settings = config.train
+  state, data, tokens_seen = start.state, start.data, start.tokens_seen
+  start.state = None  # it is donated to the first step
 
-    try:
-      with ProgressLine(console, title, start, settings.steps) as bar:
-        for step in range(start + 1, settings.steps + 1):
-          with clock.waiting():
-            batch = sharding.place(next(data), mesh)
-          state, metrics = train_step(state, batch)
-          if unread:
-            report(**unread)
-          tokens_seen += settings.batch_size * settings.seq_len
-          unread = {"step": step, "metrics": {**metrics, "tokens_seen": tokens_seen}}
-          last = step == settings.steps
-          if last or step % settings.checkpoint_every == 0 or step % settings.eval_every == 0:
-            report(**unread)  # before anything is kept of this step, its loss is known to be finite
-            unread = {}
-          if last or step % settings.eval_every == 0:
-            held_out = evaluate(run.model, state.params, validation, mesh)
-            writer.write(step, {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction})
-          if last or step % settings.checkpoint_every == 0:
-            checkpoint.save(checkpoints, state, data.state(), tokens_seen)
-          if not unread:
-            clock.restart()
-    finally:
+  warn = functools.partial(_warn, console)
+  clock = Clock()
+  unread: dict[str, Any] = {}
+  writer = MetricWriter(workdir, start.step, warn) if hosts.is_main() else None
+
+  def log(step: int, metrics: dict[str, Any]):
+    if writer:
+      writer.write(step, metrics)
+
+  def report(step: int, metrics: dict[str, Any]):
+    """Reads the metrics of a dispatched step, preferably not of the newest one, so that the device stays busy."""
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+      raise failure.NotFinite(step, metrics)
+    speed, slow = clock.tick(float(metrics["tokens"]))
+    zeros = float(metrics["zero_fraction"])
+    pace = f"{speed:,.0f} tokens/s" if speed else "compiled"
+    bar.update(step, f"loss {loss:.3f}  {pace}  zeros {zeros:.1%}")
+    if step % settings.log_every == 0 or step == settings.steps:
+      facts = {"tokens_per_second": speed, "data_wait_fraction": clock.waited_fraction()}
+      log(step, {"loss": loss, **metrics, **facts})
+    if slow:
+      seconds, median = slow
+      warn(f"step {step} took {seconds:.1f} s, {seconds / median:.0f} times the median of {median:.3g} s.")
+      log(step, {"slow_step_seconds": seconds, "median_step_seconds": median})
+
+  try:
+    with (
+      Saver(workdir, settings.keep_checkpoints, warn) as saver,
+      ProgressLine(console, title, start.step, settings.steps) as bar,
+      StopRequest(mesh, console) as stop,
+    ):
+      for step in range(start.step + 1, settings.steps + 1):
+        with clock.waiting():
+          batch = sharding.place(next(data), mesh)
+        state, metrics = train_step(state, batch)
+        stopping = stop.agreed()
+        if unread:
+          report(**unread)
+        tokens_seen += settings.batch_size * settings.seq_len
+        unread = {"step": step, "metrics": {**metrics, "tokens_seen": tokens_seen}}
+        last = step == settings.steps
+        evaluating = last or step % settings.eval_every == 0
+        saving = last or stopping or step % settings.checkpoint_every == 0
+        if evaluating or saving:
+          report(**unread)  # before anything is kept of this step, its loss is known to be finite
+          unread = {}
+        if evaluating:
+          held_out = evaluate(model, state.params, validation, mesh)
+          log(step, {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction})
+        if saving:
+          saver.save(state, data.state(), tokens_seen)
+        else:
+          saver.poll()
+        if not unread:
+          clock.restart()
+        if stopping:
+          saver.finish()
+          raise Stopped(
+            f"{title}: {stop.signal.name}; the checkpoint of step {step} of {settings.steps} is saved in {workdir}, "
+            "and the same command goes on from there.",
+            0 if stop.signal == signal.SIGTERM else 130,
+          )
+      saver.finish()
+  except failure.NotFinite as bad:
+    return failure.BadStep(bad.step, bad.metrics)
+  finally:
+    if writer:
       writer.close()
+  return None
+
+
+def _warn(console: Console, sentence: str):
+  console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
 
 
 def data_seed(seed: int, tokens_seen: int) -> int:
   """Seed of the order of the data: another for a model that has been trained before, lest it meet the same batches."""
   return int(np.random.SeedSequence([seed, tokens_seen]).generate_state(1)[0])
-
-
-class Clock:
-  """Tokens per second of the steps alone, smoothed over about 20 of them, and the share of time spent on data."""
-
-  def __init__(self):
-    self._last = self._seconds = None
-    self._waited, self._logged = 0.0, time.monotonic()
-
-  def tick(self, tokens: float) -> float:
-    """Tokens per second, `tokens` having been processed since the last tick; 0 at the first, which compiles."""
-    now = time.monotonic()
-    if self._last is not None:
-      seconds = now - self._last
-      self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
-    self._last = now
-    return tokens / self._seconds if self._seconds else 0.0
-
-  def restart(self):
-    """Leaves out the time since the last tick: an evaluation or a checkpoint."""
-    self._last = time.monotonic()
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """A context whose time counts as waiting for data."""
-    entered = time.monotonic()
-    yield
-    self._waited += time.monotonic() - entered
-
-  def waited_fraction(self) -> float:
-    """Share of the time since the last call that was spent waiting for data."""
-    now = time.monotonic()
-    fraction = self._waited / (now - self._logged)
-    self._waited, self._logged = 0.0, now
-    return fraction

@@ -1,0 +1,89 @@
+"""Two processes with 4 virtual devices each, on loopback, against one with 8."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ENVIRONMENT, ROOT
+from tests.train.test_alive import losses
+from tsparse import hosts
+from tsparse.errors import UserError
+
+ARGUMENTS = [
+  "--config=configs/tiny_drelu.py", "--config.model.num_layers=1", "--config.model.d_model=32",
+  "--config.model.d_ff=64", "--config.model.head_dim=8", "--config.train.seq_len=32", "--config.train.batch_size=8",
+  "--config.train.warmup_steps=2", "--config.train.steps=4", "--config.train.log_every=1",
+  "--config.train.checkpoint_every=2", "--config.train.eval_every=2", "--config.train.eval_batches=1",
+  "--config.mesh.data=2", "--config.analysis.tokens=500", "--config.analysis.batch_size=8",
+  "--config.analysis.levels=()",
+]  # fmt: skip
+
+
+def run(text, workdir, processes):
+  """The experiment over 8 devices; returns the completed processes, the first host's first."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  flag = f"--xla_force_host_platform_device_count={8 // processes} --xla_cpu_multi_thread_eigen=false"
+  started = []
+  for host in range(processes):
+    job = [f"--coordinator=127.0.0.1:{port}", f"--num_hosts={processes}", f"--host_id={host}"] * (processes > 1)
+    arguments = [*ARGUMENTS, f"--config.data.train={text}", f"--workdir={workdir}", *job]
+    started.append(
+      subprocess.Popen(
+        [sys.executable, "experiments/run.py", *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"XLA_FLAGS": flag},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  try:
+    outputs = [process.communicate(timeout=200) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert [process.returncode for process in started] == [0] * processes, outputs
+  return [out for out, _ in outputs]
+
+
+def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path):
+  text = tmp_path / "text.jsonl"
+  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(400)))
+  one, two = tmp_path / "one", tmp_path / "two"
+  run(text, one, 1)
+  first, second = run(text, two, 2)
+  assert "report" in first
+  assert all(line.startswith("[Gloo]") for line in second.splitlines())  # one host speaks
+  assert list(losses(one)) == [1, 2, 3, 4]
+
+  for start, processes in ((one, 2), (two, 1)):
+    workdir = shutil.copytree(start, tmp_path / f"again_{processes}")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    assert "resumed at step 2 of 4" in run(text, workdir, processes)[0]
+  for workdir in (two, tmp_path / "again_1", tmp_path / "again_2"):
+    assert list(losses(workdir)) == list(losses(one))
+    np.testing.assert_allclose(list(losses(workdir).values()), list(losses(one).values()), rtol=1e-6)
+    held_out = [
+      json.loads((each / "report" / "analysis.json").read_text())["models"][0]["loss"] for each in (one, workdir)
+    ]
+    np.testing.assert_allclose(*held_out, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("given", "sentence"),
+  [
+    (("a:1", 2, None), "--host_id must be given too"),
+    (("a", 2, 0), "not HOST:PORT"),
+    (("a:1", 2, 2), "--host_id=2 with --num_hosts=2"),
+  ],
+)
+def test_hosts_that_make_no_sense_are_refused(given, sentence):
+  with pytest.raises(UserError, match=sentence):
+    hosts.start(*given)

@@ -1,0 +1,112 @@
+"""The newest checkpoint that is whole. One that is torn is set aside, not deleted, and said to be.
+
+WORKDIR/newest.json    {"step": the newest checkpoint that was whole once}
+WORKDIR/torn/STEP      what is left of those that no longer are
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tsparse import files, hosts
+from tsparse.errors import UserError
+from tsparse.train import checkpoint
+from tsparse.train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint holds: the state after `step`, the position in the data, the tokens seen."""
+
+  step: int
+  state: TrainState
+  position: bytes
+  tokens_seen: int
+
+
+def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None]) -> Restored | None:
+  """The newest whole checkpoint of a workdir; None where none was ever saved.
+
+  Args:
+    workdir: ours to write.
+    target: ShapeDtypeStructs with shardings.
+    warn: is told, in a sentence, of a checkpoint that is torn or gone, and which one is used instead.
+
+  Raises:
+    UserError: there were checkpoints, and none is whole.
+  """
+  steps = _finished(workdir)
+  torn: dict[int, str] = {}
+  found = None
+  while steps and found is None:
+    step = steps.pop()
+    found, torn[step] = _try(workdir, step, target)
+  recorded = _recorded(workdir)
+  if found is None:
+    if torn:
+      each = "; ".join(f"step {step}: {reason}" for step, reason in torn.items())
+      raise UserError(
+        f"no checkpoint of {workdir} can be restored ({each}): put a whole one into {workdir}/checkpoints, or start "
+        "again in a new --workdir."
+      )
+    if recorded:
+      raise UserError(
+        f"{workdir} had a checkpoint of step {recorded} and has none any more: put one back into "
+        f"{workdir}/checkpoints, or start again in a new --workdir."
+      )
+    return None
+  del torn[found.step]
+  instead = f"going on from that of step {found.step} instead"
+  if recorded > max([found.step, *torn]):
+    warn(f"the checkpoint of step {recorded} of {workdir} is gone; {instead}.")
+  for step, reason in torn.items():
+    place = _aside(workdir, step)
+    hosts.on_main(lambda step=step, place=place: _move(workdir / "checkpoints" / str(step), place))
+    warn(f"the checkpoint of step {step} of {workdir} is torn ({reason}); {instead}. What is left of it is in {place}.")
+  if recorded != found.step:
+    hosts.on_main(lambda: record(workdir, found.step))
+  return found
+
+
+def record(workdir: Path, step: int):
+  """Notes that the checkpoint of `step` is whole, so that it is missed when it is gone."""
+  files.write(workdir / "newest.json", files.to_json({"step": step}))
+
+
+def _try(workdir: Path, step: int, target: TrainState) -> tuple[Restored | None, str]:
+  """The checkpoint, or why it cannot be restored, on this or another host."""
+  found, reason = None, "another host cannot read it"
+  try:
+    with checkpoint.reader(workdir) as checkpoints:
+      found = Restored(step, *checkpoint.restore(checkpoints, step, target))
+  except Exception as error:  # whatever Orbax makes of missing and of broken files
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+  return (None if hosts.any_host(found is None) else found), reason
+
+
+def _finished(workdir: Path) -> list[int]:
+  if not (workdir / "checkpoints").is_dir():
+    return []
+  with checkpoint.reader(workdir) as checkpoints:
+    return sorted(checkpoints.all_steps())
+
+
+def _recorded(workdir: Path) -> int:
+  try:
+    return json.loads((workdir / "newest.json").read_text())["step"]
+  except FileNotFoundError:
+    return 0
+
+
+def _aside(workdir: Path, step: int) -> Path:
+  places = (workdir / "torn" / (f"{step}.{n}" if n else str(step)) for n in range(10**6))
+  return next(place for place in places if not place.exists())
+
+
+def _move(folder: Path, place: Path):
+  try:
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+  except OSError as error:
+    raise UserError(f"the torn checkpoint {folder} cannot be moved to {place} ({error.strerror}): move it.") from None

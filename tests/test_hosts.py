@@ -60,7 +60,7 @@ def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path)
   run(text, one, 1)
   first, second = run(text, two, 2)
   assert "report" in first
-  assert all(line.startswith("[Gloo]") for line in second.splitlines())  # one host speaks
+  assert "loss" in first and "loss" not in second  # one host speaks; the rest is of the library that connects them
   assert list(losses(one)) == [1, 2, 3, 4]
 
   for start, processes in ((one, 2), (two, 1)):

@@ -49,6 +49,16 @@ def test_loops_multiply_and_starts_count_their_result():
   }
 
 
+def test_parts_of_one_asynchronous_collective_are_one():
+  """A TPU's fusions name it at its start, at its end and between."""
+  part = "%{0} (p: f32[2]) -> f32[4] {{\n  %g = f32[4]{{0}} all-gather(%p), channel_id={1}, dimensions={{0}}\n}}\n\n"
+  fusion = "  %{0}.1 = f32[4] fusion(%a), kind=kCustom, calls=%{0}\n"
+  names = ("start", "between", "done", "other")
+  parts = "".join(part.format(name, 1 + (name == "other")) for name in names)
+  hlo = parts + "ENTRY %main (a: f32[2]) -> f32[4] {\n" + "".join(map(fusion.format, names)) + "}\n"
+  assert collectives(hlo) == {"all-gather": {"count": 2, "bytes": 2 * 16}}
+
+
 def test_a_loop_whose_length_is_unknown_is_not_guessed():
   with pytest.raises(ValueError, match="trip count"):
     collectives(NESTED)

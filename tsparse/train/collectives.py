@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from collections import Counter
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 DEFINITION = (
@@ -18,6 +17,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 KNOWN_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+CHANNEL = re.compile(r"channel_id=(\d+)")
 COMPARED = re.compile(r"constant\((\d+)\)")
 
 
@@ -40,24 +40,31 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
       bodies[name].append(line)
 
   @functools.cache
-  def total(name: str) -> Counter:
-    sums = Counter()
-    for line in bodies.get(name, ()):
+  def inside(name: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kind, channel) -> times and bytes of each; the TPU's asynchronous fusions repeat a collective in every part."""
+    sums = {}
+    for number, line in enumerate(bodies.get(name, ())):
       if found := COLLECTIVE.search(line):
         shapes, kind, start = found.groups()
-        sums[kind, "count"] += 1
-        sums[kind, "bytes"] += result_bytes(shapes, halves=bool(start) and kind != "all-reduce")
+        channel = CHANNEL.search(line)
+        size = result_bytes(shapes, halves=bool(start) and kind != "all-reduce")
+        parts = {(kind, channel[1] if channel else f"{name} {number}"): (1, size)}
       elif loop := WHILE.search(line):
-        if inner := total(loop[2]):
-          trips = trip_count(line, bodies[loop[1]])
-          sums.update({key: trips * value for key, value in inner.items()})
+        parts = inside(loop[2])
+        trips = trip_count(line, bodies[loop[1]]) if parts else 0
+        parts = {key: (trips * times, size) for key, (times, size) in parts.items()}
       else:
-        for called in CALL.findall(line):
-          sums.update(total(called))
+        parts = {key: value for called in CALL.findall(line) for key, value in inside(called).items()}
+      for key, value in parts.items():
+        sums[key] = max(value, sums.get(key, value))
     return sums
 
-  sums = total(entry)
-  return {kind: {"count": sums[kind, "count"], "bytes": sums[kind, "bytes"]} for kind in KINDS if sums[kind, "count"]}
+  result = {}
+  for (kind, _), (times, size) in inside(entry).items():
+    sums = result.setdefault(kind, {"count": 0, "bytes": 0})
+    sums["count"] += times
+    sums["bytes"] += times * size
+  return result
 
 
 def trip_count(line: str, condition: list[str]) -> int:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
 
+from tests.conftest import ENVIRONMENT, ROOT
 from tsparse.errors import UserError
 from tsparse.train.topology import parse
 

@@ -27,11 +27,14 @@ def test_only_the_experts_of_a_token_count_and_zeros_save_of_the_ffn_alone():
   flops = training_flops(dense, 1, 4096, 0.9)
   assert flops["model"] - flops["sparse"] == pytest.approx(0.9 * 3 * 2 * 32 * 3 * 4096 * 14_336)
   assert training_flops(dense, 1, 4096, 0.0)["sparse"] == flops["model"]
+  ragged, every = (dataclasses.replace(moe, remat="none", moe_impl=impl) for impl in ("ragged", "dense"))
+  more = training_flops(every, 1, 4096, 0.9)["executed"] - training_flops(ragged, 1, 4096, 0.9)["executed"]
+  assert more == pytest.approx(3 * 6 * 2 * 32 * 3 * 4096 * 14_336)  # six of eight experts
 
 
 @pytest.mark.parametrize(
   "config",
-  [TINY, dataclasses.replace(TINY, num_experts=4, experts_per_token=2)],
+  [TINY, dataclasses.replace(TINY, num_experts=4, experts_per_token=2, moe_impl="dense")],
   ids=["dense", "moe"],
 )
 def test_the_forward_pass_is_what_xla_counts(config):

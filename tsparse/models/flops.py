@@ -40,7 +40,8 @@ def training_flops(config: ModelConfig, tokens: int, seq_len: int, zero_fraction
 
   With remat "dots" the outputs of the weight matrices are kept, and only the scores of attention are computed again.
   """
-  needed, done = forward_flops(config, seq_len), forward_flops(config, seq_len, every_expert=True)
+  needed = forward_flops(config, seq_len)
+  done = forward_flops(config, seq_len, every_expert=config.moe_impl == "dense")
   layers = sum(done.values()) - done["head"]
   scores = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
   # the blocks of the cross-entropy are computed again whatever the layers do

@@ -10,7 +10,7 @@ demo: .venv/requirements
 	$(RUN) experiments/run.py --config=configs/tiny_relufy.py
 
 test: .venv/requirements-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/requirements-dev
 	.venv/bin/ruff check .

@@ -40,16 +40,20 @@ def test_constraints_are_in_the_program_and_only_under_a_mesh():
     assert "sharding_constraint" in program()
 
 
-@pytest.mark.parametrize(("experts", "expected"), [(0, 7), (4, 8)])
-def test_every_constraint_of_the_model_is_in_its_program(experts, expected):
-  """Embedding, layer input, query, key, hidden (with experts also the router's weights), layer output, logits."""
-  config = dataclasses.replace(PRESETS["tiny"], num_experts=experts, experts_per_token=min(2, experts))
+@pytest.mark.parametrize(("experts", "impl", "expected"), [(0, "dense", 7), (4, "dense", 8), (4, "ragged", 6)])
+def test_every_constraint_of_the_model_is_in_its_program(experts, impl, expected):
+  """Embedding, layer input, query, key, hidden (with experts also the router's weights), layer output, logits.
+
+  Ragged experts have none of their own: their arrays are split by the specs of a shard_map.
+  """
+  config = dataclasses.replace(PRESETS["tiny"], num_experts=experts, experts_per_token=min(2, experts), moe_impl=impl)
   model = Transformer(config)
   shapes, _ = abstract_parameters(model)
   row = jax.ShapeDtypeStruct((8, 4), "int32")
   with jax.set_mesh(sharding.make_mesh(mesh_sizes(fsdp=8))):
     program = jax.make_jaxpr(model.apply)({"params": shapes}, row, row, row)
   assert str(program).count("sharding_constraint[") == expected
+  assert ("shard_map" in str(program)) == (impl == "ragged")
 
 
 def test_an_axis_that_does_not_divide_is_named():

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_huggingface import our_logits, parameters, tensors, their_logits
 
+from tests.convert.test_huggingface import our_logits, parameters, tensors, their_logits
 from tsparse.convert.convert import convert
 from tsparse.convert.model import open_model
 from tsparse.errors import UserError
@@ -179,6 +179,14 @@ def test_the_forward_is_that_of_numpy_and_of_its_export_in_transformers(case, tm
   expected = np.stack([numpy_logits(weights, fields, row) for row in tokens])
   for path in (theirs, ours):
     np.testing.assert_allclose(our_logits(path, tokens), expected, atol=1e-4, rtol=0)
+
+  # two documents packed into a row of the same length, and padding behind them
+  segment_ids = np.repeat([[1, 2, 0]], (11, 15, 4), axis=1)
+  positions = np.concatenate([np.arange(11), np.arange(15), np.zeros(4, int)])[None]
+  packed = our_logits(ours, tokens[:1], segment_ids=segment_ids, positions=positions)[0]
+  for document in (slice(0, 11), slice(11, 26)):
+    alone = numpy_logits(weights, fields, tokens[0, document])
+    np.testing.assert_allclose(packed[document], alone, atol=1e-4, rtol=0)
 
   convert(ours, out, "hf")
   back = tensors(out)

@@ -55,23 +55,29 @@ def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) ->
 def summed_gradients(
   params: Any, batch: Batch, model: Transformer, z_loss: float, microbatches: int
 ) -> tuple[Any, Sums]:
-  """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time and added up."""
-  gradient = jax.grad(summed_loss, has_aux=True)
+  """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time.
+
+  Each microbatch's gradients are added where their sum lies, layer by layer as the backward pass comes by: there is no
+  second copy of them.
+  """
   if microbatches == 1:
-    return gradient(params, batch, model, z_loss)
+    return jax.grad(summed_loss, has_aux=True)(params, batch, model, z_loss)
 
   def split(x):  # row r goes to microbatch r % A, so that every device keeps its own rows
     return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
 
-  def add(total, microbatch):
-    return jax.tree.map(jnp.add, total, gradient(params, microbatch, model, z_loss)), None
+  total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+
+  def add(sums, microbatch):
+    loss, backward, more = jax.vjp(lambda p: summed_loss(p, microbatch, model, z_loss), params, has_aux=True)
+    backward.with_refs(total)(jnp.ones_like(loss))
+    return jax.tree.map(jnp.add, sums, more), None
 
   batch = jax.tree.map(split, batch)
-  first = jax.tree.map(lambda x: x[0], batch)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda b: gradient(params, b, model, z_loss), first)
-  )
-  return jax.lax.scan(add, zeros, batch)[0]
+  sums = jax.eval_shape(lambda b: summed_loss(params, b, model, z_loss)[1], jax.tree.map(lambda x: x[0], batch))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+  sums = jax.lax.scan(add, zeros, batch)[0]
+  return jax.tree.map(jax.ref.freeze, total), sums
 
 
 def make_train_step(

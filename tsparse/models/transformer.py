@@ -15,6 +15,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
     first/...                                                 as layers, for the dense layers before those with experts
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from flax import linen as nn
 from tsparse.activations import activation
 from tsparse.errors import UserError
 from tsparse.models import layers, rope
+from tsparse.models.attention import attention
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
@@ -78,8 +80,11 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, cos: Array, sin: Array, mask: Array) -> Array:
-    """x [B, T, D], rotary angles [B, T, 1, H/2], mask [B, T, T] -> [B, T, D]."""
+  def __call__(self, x: Array, cos: Array, sin: Array, segment_ids: Array, window_index: Array | None) -> Array:
+    """x [B, T, D], rotary angles [B, T, 1, H/2], segment_ids [B, T] -> [B, T, D].
+
+    `window_index` says which of the model's windows, in order, is the layer's; None where there is one for all.
+    """
     config = self.config
     query = jnp.einsum("btd,dnh->btnh", x, _weight(self, "query", "DNH", fan_in="D"))
     key = jnp.einsum("btd,dkh->btkh", x, _weight(self, "key", "DKH", fan_in="D"))
@@ -92,7 +97,12 @@ class Attention(nn.Module):
       query, key = _norm(self, "query_norm", query, "NH"), _norm(self, "key_norm", key, "KH")
     query = constrain(rope.rotate(query, cos, sin), "BTNH")
     key = constrain(rope.rotate(key, cos, sin), "BTKH")
-    mixed = layers.attention(query, key, value, mask, config.query_scalar, config.attention_softcap)  # [B, T, N, H]
+    by_window = [
+      functools.partial(attention, window=window, scalar=config.query_scalar, cap=config.attention_softcap)
+      for window in sorted(set(config.windows))
+    ]
+    args = query, key, value, segment_ids
+    mixed = by_window[0](*args) if window_index is None else jax.lax.switch(window_index, by_window, *args)
     out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
     return jnp.einsum("btnh,nhd->btd", mixed, out)
 
@@ -155,23 +165,18 @@ class Block(nn.Module):
     x: Array,
     cos: Array,
     sin: Array,
-    masks: Array,
-    valid: Array,
-    mask_index: Array | None,
+    segment_ids: Array,
+    window_index: Array | None,
     intervene: Intervention | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
-    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers).
-
-    `mask_index` says which of the masks [M, B, T, T] is the layer's; None where there is one for all.
-    """
+    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
     config = self.config
     x = constrain(x, "BTD")
     normed = _norm(self, "attention_norm", x)
-    mask = masks[0 if mask_index is None else mask_index]
-    out = Attention(config, name="attention")(normed, cos, sin, mask)
+    out = Attention(config, name="attention")(normed, cos, sin, segment_ids, window_index)
     x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
-    out, counts = FeedForward(config, name="ffn")(normed, x, valid, intervene)
+    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, intervene)
     if config.post_norms:
       out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
@@ -183,7 +188,7 @@ def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
     nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
     length=length,
     metadata_params={nn.PARTITION_NAME: "L"},
   )
@@ -220,16 +225,15 @@ class Transformer(nn.Module):
       x *= jnp.asarray(config.d_model**0.5, x.dtype)
     cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     windows = sorted(set(config.windows))
-    masks = jnp.stack([layers.attention_mask(segment_ids, window) for window in windows])  # [M, B, T, T]
-    mask_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
-    valid, first, counts = segment_ids > 0, config.dense_layers, {}
-    per_layer = (mask_index, intervention)
+    window_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
+    first, counts = config.dense_layers, {}
+    per_layer = (window_index, intervention)
     if first:
       head = jax.tree.map(lambda leaf: leaf[:first], per_layer)
-      x, dense = _stack(config.first, first, "first")(x, cos, sin, masks, valid, *head)
+      x, dense = _stack(config.first, first, "first")(x, cos, sin, segment_ids, *head)
       counts["first"] = dense["ffn"]
     rest = jax.tree.map(lambda leaf: leaf[first:], per_layer)
-    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, masks, valid, *rest)
+    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, segment_ids, *rest)
     counts |= others
     x = _norm(self, "final_norm", x)
     if not logits:

@@ -1,0 +1,193 @@
+"""Causal grouped-query attention within the segments of packed rows: one function, one lowering for each platform.
+
+    out[t] = sum over s of softmax_s(softcap(query[t] . key[s] / sqrt(scalar))) value[s]
+             over s <= t of the segment of t, with t - s < window
+
+The lowering is chosen by the platform compiled for, which need not be the one at hand:
+
+    tpu       splash attention, the Pallas kernel that comes with JAX: blocks of scores live in VMEM only, those above
+              the diagonal or out of the window are skipped, and the backward pass computes them again
+    cuda      the Pallas (Triton) flash kernel that comes with JAX, for 16-bit models without softcap and with no window
+              shorter than the row. Chosen by reading, never measured: cuDNN's, which jax.nn.dot_product_attention
+              reaches, is said to be faster, but takes segments only as a mask [B, 1, T, T] and cannot even be traced,
+              let alone tested, where cuDNN is not installed
+    others    the scores [B, N, T, T], by XLA: the oracle, and the fallback of the two above
+
+On a mesh a kernel runs on each device's rows and heads. Where rows or heads do not divide (the single row of
+initialisation) the fallback runs. Rows are padded to whole blocks (a query of padding sees padding before it: finite
+numbers that nobody reads), and head_dim may be any number.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tsparse import sharding
+from tsparse.models.layers import softcap
+
+Array = jax.Array
+
+TPU_BLOCK = 512  # queries and keys of a block of splash attention, forward and backward; 128 is the least
+CUDA_BLOCK = 128  # of the Triton kernel, forward, which is the default there
+
+
+class Rule(NamedTuple):
+  """What of attention is known when it is traced."""
+
+  window: int  # 0 where it would hide nothing
+  scale: float  # of the scores
+  cap: float  # of the scaled scores, 0 for none
+
+
+def attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  segment_ids: Array,
+  window: int = 0,
+  scalar: int = 0,
+  cap: float = 0.0,
+) -> Array:
+  """softmax(softcap(q k^T / sqrt(scalar))) v over what each query may see; scores and softmax in float32.
+
+  The backward pass keeps the arguments and computes the scores again.
+
+  Args:
+    query: [B, T, N, H].
+    key: [B, T, K, H]; N is a multiple of K, query head n uses kv head n // (N/K).
+    value: [B, T, K, H].
+    segment_ids: [B, T] int32; packed documents have different ids, padding has 0.
+    window: a query sees itself and the window - 1 positions before it; 0 means all before it.
+    scalar: 0 means H.
+    cap: scores become cap tanh(scores / cap); 0 means they stay.
+
+  Returns:
+    [B, T, N, H] in the dtype of `query`.
+  """
+  rule = Rule(window if window < query.shape[1] else 0, (scalar or query.shape[-1]) ** -0.5, cap)
+  return _attention(rule, query, key, value, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(rule: Rule, *args: Array) -> Array:
+  return _by_platform(rule, lambda lowering: lowering, *args)
+
+
+def _forward(rule: Rule, *args: Array) -> tuple[Array, tuple[Array, ...]]:
+  return _attention(rule, *args), args
+
+
+def _backward(rule: Rule, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array, None]:
+  return *_by_platform(rule, _gradient, *saved, dout), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _gradient(lowering: Callable) -> Callable:
+  """(query, key, value, segment_ids, dout) -> dquery, dkey, dvalue."""
+
+  def gradient(query: Array, key: Array, value: Array, segment_ids: Array, dout: Array) -> tuple[Array, Array, Array]:
+    return jax.vjp(lambda *qkv: lowering(*qkv, segment_ids), query, key, value)[1](dout)
+
+  return gradient
+
+
+def _by_platform(rule: Rule, make: Callable, query: Array, key: Array, *others: Array) -> Array | tuple[Array, ...]:
+  """make(lowering)(query, key, *others) by the lowering of the platform compiled for."""
+  by_xla = make(functools.partial(xla_attention, rule))
+  kernels = {"tpu": tpu_attention, "cuda": cuda_attention} if _splits(query, key) else {}
+  if rule.window or rule.cap or query.dtype.itemsize > 2:
+    kernels.pop("cuda", None)
+  by_kernel = {name: _per_device(make(functools.partial(kernel, rule))) for name, kernel in kernels.items()}
+  return lax.platform_dependent(query, key, *others, **by_kernel, default=by_xla)
+
+
+def _splits(query: Array, key: Array) -> bool:
+  """Whether rows and heads divide over the mesh, if one is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  lengths = {"B": query.shape[0], "N": query.shape[2], "K": key.shape[2]}
+  return mesh.empty or not any(length % sharding.shard_count(mesh, letter) for letter, length in lengths.items())
+
+
+def _per_device(kernel: Callable) -> Callable:
+  """`kernel` on the rows and heads of each device: XLA cannot split a Pallas call by itself."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return kernel
+  heads, rows = sharding.spec("BTNH"), sharding.spec("BT")
+
+  def sharded(*args: Array) -> Array | tuple[Array, ...]:
+    specs = tuple(heads if array.ndim == 4 else rows for array in args)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)(*args)
+
+  return sharded
+
+
+def xla_attention(rule: Rule, query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+  """`attention` with all scores, those that are masked too."""
+  batch, time, heads, head_dim = query.shape
+  t = jnp.arange(time)
+  distance = t[:, None] - t[None, :]  # [T, T]
+  near = (distance >= 0) & (distance < rule.window) if rule.window else distance >= 0
+  mask = near & (segment_ids[:, :, None] == segment_ids[:, None, :])  # [B, T, T]
+  grouped = query.reshape(batch, time, key.shape[2], -1, head_dim)  # [B, T, K, N/K, H]
+  scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+  scores = softcap(scores * rule.scale, rule.cap)
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, time, heads, head_dim)
+
+
+def tpu_attention(
+  rule: Rule, query: Array, key: Array, value: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+  """`attention` by splash attention; `interpret` runs it anywhere, slowly.
+
+  The kernel knows no scale: queries are multiplied by it beforehand, and rounded to their dtype.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  time, heads = query.shape[1:3]
+  block = tpu_block(time)
+  query = (query.astype(jnp.float32) * rule.scale).astype(query.dtype)
+  query, key, value, segment_ids = (_padded(array, block) for array in (query, key, value, segment_ids))
+  shape = (query.shape[1],) * 2
+  mask = masks.LocalMask(shape, (rule.window - 1, 0), 0) if rule.window else masks.CausalMask(shape)
+  kernel = splash.make_splash_mha(
+    masks.MultiHeadMask([mask] * heads),
+    block_sizes=splash.BlockSizes(*[block] * 8),
+    attn_logits_soft_cap=rule.cap or None,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  ids = splash.SegmentIds(segment_ids, segment_ids)
+  out = jax.vmap(kernel)(*(jnp.swapaxes(array, 1, 2) for array in (query, key, value)), ids)  # [B, N, T, H]
+  return jnp.swapaxes(out, 1, 2)[:, :time]
+
+
+def cuda_attention(
+  rule: Rule, query: Array, key: Array, value: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+  """`attention` by Pallas' Triton kernel, which knows no windows, no softcap and no kv heads: they are repeated."""
+  from jax.experimental.pallas.ops.gpu.attention import mha
+
+  time, groups = query.shape[1], query.shape[2] // key.shape[2]
+  key, value = (jnp.repeat(array, groups, axis=2) for array in (key, value))
+  args = (_padded(array, CUDA_BLOCK) for array in (query, key, value, segment_ids))
+  return mha(*args, sm_scale=rule.scale, causal=True, interpret=interpret)[:, :time]
+
+
+def tpu_block(time: int) -> int:
+  """Queries, and keys, of a block of splash attention for rows of `time` tokens."""
+  return min(TPU_BLOCK, -(-time // 128) * 128)
+
+
+def _padded(array: Array, block: int) -> Array:
+  """Zeros behind the rows [B, T, ...] up to whole blocks: of segment 0, which no real query sees."""
+  return jnp.pad(array, ((0, 0), (0, -array.shape[1] % block), *((0, 0),) * (array.ndim - 2)))

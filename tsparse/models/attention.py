@@ -78,7 +78,8 @@ def _attention(rule: Rule, *args: Array) -> Array:
 
 
 def _forward(rule: Rule, *args: Array) -> tuple[Array, tuple[Array, ...]]:
-  return _attention(rule, *args), args
+  # differentiated as in the backward pass, so that where that is preceded by this again (remat) XLA finds one kernel
+  return _by_platform(rule, _differentiated, *args), args
 
 
 def _backward(rule: Rule, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, Array, None]:
@@ -86,6 +87,10 @@ def _backward(rule: Rule, saved: tuple[Array, ...], dout: Array) -> tuple[Array,
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _differentiated(lowering: Callable) -> Callable:
+  return lambda *qkv_ids: jax.vjp(lowering, *qkv_ids)[0]
 
 
 def _gradient(lowering: Callable) -> Callable:

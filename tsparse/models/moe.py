@@ -230,10 +230,10 @@ def _local(
 
   out = _permute(grouped_matmul(hidden, experts.down, sizes), inverse, order)  # [S, D], slots by token
   out = jnp.sum(out.reshape(-1, k, out.shape[-1]) * weights[..., None].astype(dtype), axis=1)  # [B T, D]
-  if tensor:
-    out = jax.lax.psum(out, tensor)
   if tokens:
     out = jax.lax.psum_scatter(out, tokens, tiled=True)
+  if tensor:  # after the scatter, which leaves a part of the rows
+    out = jax.lax.psum(out, tensor)
   if batch:
     counts = jax.lax.psum(counts, batch)
   return out.reshape(shape), counts

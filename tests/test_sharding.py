@@ -28,7 +28,7 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
 def test_a_mesh_axis_shards_one_dimension_of_an_array():
   assert sharding.spec("BTD") == P(("data", "fsdp", "expert"), None, None)
   assert sharding.spec("LEDF") == P(None, "expert", "fsdp", "tensor")
-  assert sharding.spec("VD") == P("tensor", "fsdp")
+  assert sharding.spec("VD") == P("tensor", ("fsdp", "expert"))
 
 
 def test_constraints_are_in_the_program_and_only_under_a_mesh():

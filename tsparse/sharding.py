@@ -15,11 +15,12 @@ from tsparse.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 # Axis letter -> mesh axes. In one array a mesh axis shards the first letter that claims it: activations [B, T, D] have
-# B on data, fsdp and expert, so their D stays whole, while a weight [D, F] is split over fsdp and tensor.
+# B on data, fsdp and expert, so their D stays whole, a weight [D, F] is split over fsdp, expert and tensor, and that of
+# experts [E, D, F] over expert, fsdp and tensor.
 RULES = {
   "B": ("data", "fsdp", "expert"),
   "T": (),
-  "D": ("fsdp",),
+  "D": ("fsdp", "expert"),
   "F": ("tensor",),
   "N": ("tensor",),
   "K": ("tensor",),

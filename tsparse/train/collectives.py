@@ -4,10 +4,10 @@ import functools
 import math
 import re
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 DEFINITION = (
   "collectives a device takes part in during one step, loops multiplied by their trip counts, and the bytes of their "
-  "results on that device"
+  "results on that device (of a ragged-all-to-all the whole buffer, the most that may arrive)"
 )
 BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end in their width
 

@@ -52,32 +52,17 @@ def moe(**settings):
   return config
 
 
-ALL = {"router_z_loss": 0.1, "router_balance_loss": 0.5, "router_jitter": 0.1}
-NAMES = "loss", "router_z_loss", "router_balance_loss", "grad_norm"
+WEIGHTS = {"z_loss": 0.0, "router_z_loss": 0.1, "router_balance_loss": 0.5}
+JITTER = 0.1
 
 
-@functools.cache
-def logged(devices=1, mesh=(), microbatches=1, **settings):
-  config = moe(microbatches=microbatches, **settings)
-  return [[float(metrics[name]) for name in NAMES] for metrics in train(config, devices, 4, **dict(mesh))]
-
-
-@pytest.mark.parametrize(
-  ("mesh", "impl"),
-  [({"data": 8}, "ragged"), ({"expert": 2, "fsdp": 2, "tensor": 2}, "ep_allgather")],
-  ids=["data", "eft"],
-)
-def test_losses_and_noise_do_not_depend_on_the_mesh(mesh, impl):
-  config = moe(**ALL)
-  config.model.moe_impl = impl
-  sharded = [[metrics[name] for name in NAMES] for metrics in train(config, 8, 4, **mesh)]
-  np.testing.assert_allclose(sharded, logged(**ALL), rtol=1e-5)
-
-
-def test_without_the_balance_loss_microbatches_change_nothing():
-  """The noise of a row goes with it to its microbatch."""
-  settings = ALL | {"router_balance_loss": 0.0}
-  np.testing.assert_allclose(logged(microbatches=4, **settings), logged(**settings), rtol=1e-5)
+def test_losses_and_noise_do_not_depend_on_the_mesh():
+  config = moe(**WEIGHTS, router_jitter=JITTER)
+  alone = train(config, steps=3)
+  config.model.moe_impl = "ep_allgather"
+  sharded = train(config, 8, 3, expert=2, fsdp=2, tensor=2)
+  for name in ("loss", "router_z_loss", "router_balance_loss", "grad_norm"):
+    np.testing.assert_allclose([m[name] for m in sharded], [m[name] for m in alone], rtol=1e-5)
 
 
 @functools.cache
@@ -90,48 +75,56 @@ def params():
   return jax.jit(lambda key: init_parameters(model(), key))(jax.random.key(0))
 
 
-def test_the_balance_loss_of_microbatches_is_that_of_each():
-  weights = {"z_loss": 0.0, "router_balance_loss": 1.0, "router_z_loss": 0.0}
+def with_keys(step=0):
   rows = batch(0)
-  rows["segment_ids"][1::2, 4:] = 0  # so that one microbatch has fewer tokens
-  _, sums = jax.jit(lambda p, b: summed_gradients(p, b, model(), weights, 0.0, 2))(params(), rows)
-  alone = [
-    summed_loss(params(), {name: x[i::2] for name, x in rows.items()}, model(), weights)[1].added for i in range(2)
-  ]
-  expected = sum(float(added["router_balance_loss"]) for added in alone)
-  assert float(sums.added["router_balance_loss"]) == pytest.approx(expected, rel=1e-5)
-  tokens = [(rows["segment_ids"][i::2] > 0).sum() for i in range(2)]
-  assert all(float(added["router_balance_loss"]) / n >= 0.9 for added, n in zip(alone, tokens, strict=True))
-
-
-def with_keys(step):
+  rows["segment_ids"][1::2, 4:] = 0  # so that one of two microbatches has fewer tokens
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), (8, 3))
-  return batch(0) | {"router_keys": keys}
+  return rows | {"router_keys": keys}
+
+
+def test_microbatches_change_the_balance_loss_alone_which_is_that_of_each():
+  """The noise of a row goes with it to its microbatch."""
+  sums = jax.jit(lambda p, b: summed_gradients(p, b, model(), WEIGHTS, JITTER, 2)[1])(params(), with_keys())
+  forward = jax.jit(lambda p, b: summed_loss(p, b, model(), WEIGHTS, JITTER)[1])
+  whole, *parts = (forward(params(), {k: x[rows] for k, x in with_keys().items()}) for rows in np.s_[:, ::2, 1::2])
+  assert float(sums.nll) == pytest.approx(float(whole.nll), rel=1e-5)
+  assert float(sums.added["router_z_loss"]) == pytest.approx(float(whole.added["router_z_loss"]), rel=1e-5)
+  np.testing.assert_array_equal(sums.counts["ffn"].routed, whole.counts["ffn"].routed)
+  of_each = sum(float(part.added["router_balance_loss"]) for part in parts)
+  assert float(sums.added["router_balance_loss"]) == pytest.approx(of_each, rel=1e-5)
+  assert abs(of_each / float(whole.added["router_balance_loss"]) - 1) > 1e-4
 
 
 @functools.cache
-def gradient(remat="full", router_z_loss=0.0, router_balance_loss=0.0, jitter=0.1, step=0):
-  weights = {"z_loss": 0.0, "router_z_loss": router_z_loss, "router_balance_loss": router_balance_loss}
-  of = jax.grad(lambda p: summed_loss(p, with_keys(step), model(remat), weights, jitter)[0])
-  return jax.tree.map(np.asarray, jax.jit(of)(params()))
+def gradients_of(remat="full"):
+  """A function (batch, weights of [nll, router_z_loss, router_balance_loss]) -> gradient of their sum."""
+
+  def loss(params, batch, weights):
+    sums = summed_loss(params, batch, model(remat), WEIGHTS, JITTER)[1]
+    return weights @ jnp.stack([sums.nll, sums.added["router_z_loss"], sums.added["router_balance_loss"]])
+
+  gradient = jax.jit(jax.grad(loss))
+  return lambda batch, *weights: gradient(params(), batch, jnp.array(weights, jnp.float32))
+
+
+def same(one, other):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), one, other)
 
 
 def test_the_gradient_has_every_term():
-  """It is linear in their weights, and each of them moves the routers."""
-  plain, both = gradient(), gradient(router_z_loss=0.3, router_balance_loss=0.7)
-  z, balance = gradient(router_z_loss=1.0), gradient(router_balance_loss=1.0)
-  for of in (z, balance):
-    assert np.abs(of["layers"]["ffn"]["router"] - plain["layers"]["ffn"]["router"]).max() > 1e-2
-  combined = jax.tree.map(lambda p, z, b: p + 0.3 * (z - p) + 0.7 * (b - p), plain, z, balance)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), combined, both)
+  of = gradients_of()
+  total = jax.jit(jax.grad(lambda p, b: summed_loss(p, b, model(), WEIGHTS, JITTER)[0]))(params(), with_keys())
+  same(total, of(with_keys(), 1, 0.1, 0.5))
+  for weights in np.eye(3):
+    assert np.abs(of(with_keys(), *weights)["layers"]["ffn"]["router"]).max() > 1e-2
 
 
 def test_noise_is_that_of_the_step_and_the_same_when_layers_are_computed_again():
-  again, kept = gradient("full"), gradient("none")
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), again, kept)
-  router = again["layers"]["ffn"]["router"]
-  for other in (gradient(step=1), gradient(jitter=0.0)):
-    assert np.abs(other["layers"]["ffn"]["router"] - router).max() > 1e-2 * np.abs(router).max()
+  weights = 1, 0.1, 0.5
+  again, kept = gradients_of("full")(with_keys(), *weights), gradients_of("none")(with_keys(), *weights)
+  same(again, kept)
+  router, other = (x["layers"]["ffn"]["router"] for x in (again, gradients_of()(with_keys(step=1), *weights)))
+  assert np.abs(other - router).max() > 1e-2 * np.abs(router).max()
 
 
 def test_noise_is_uniform_around_1_and_another_for_each_layer_and_row():

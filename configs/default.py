@@ -37,6 +37,10 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.weight_decay = 0.01  # not on norm scales
   config.train.clip_norm = 1.0  # global norm of the gradient
   config.train.z_loss = 0.0  # weight of (log Z)^2; PaLM used 1e-4
+  # of a model with experts (tsparse/models/router.py); each loss is logged under its name, as it is added to the loss
+  config.train.router_z_loss = 0.0  # weight of logsumexp(router logits)^2; ST-MoE used 1e-3
+  config.train.router_balance_loss = 0.0  # weight of E sum_e f_e P_e, of each microbatch; Switch used 1e-2
+  config.train.router_jitter = 0.0  # what routers read is multiplied by noise in 1 +- it; Switch used 1e-2
   config.train.log_every = 10  # steps between lines of metrics.jsonl
   config.train.checkpoint_every = 200  # steps; the last step always is one
   config.train.keep_checkpoints = 2

@@ -14,7 +14,9 @@ def test_the_benchmark_of_experts_runs(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
-  layers = ["dense FFN", "ragged", "ep_allgather", "dense"]
+  layers = ["dense FFN", "ragged", "ep_allgather", "ep_ragged_a2a", "dense"]
   assert [(row["experts"], row["layer"]) for row in rows] == [(experts, name) for experts in (8, 64) for name in layers]
-  assert all(row["forward_ratio"] > 0 and row["gradient_ratio"] > 0 for row in rows)
+  measured = [row for row in rows if row["layer"] != "ep_ragged_a2a"]  # XLA has no such collective on CPU
+  assert all(row["forward_ratio"] > 0 and row["gradient_ratio"] > 0 for row in measured)
+  assert done.stdout.count("cannot run on this platform") == 2
   assert done.stdout.count("ep_allgather") == 2

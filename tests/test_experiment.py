@@ -116,6 +116,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("train.steps", 0, "config.train.steps is 0"),
     ("train.seq_len", 513, "the model is made for at most 512"),
     ("train.z_loss", -1.0, "must not be negative"),
+    ("train.router_jitter", -0.1, "must not be negative"),
+    ("train.router_z_loss", 1e-3, "config.train.router_z_loss=0.001: the model has no experts"),
     ("train.learning_rate", float("inf"), "positive and finite"),
     ("train.final_learning_rate_fraction", 2.0, "would rise"),
     ("seed", 2**40, "below 2"),

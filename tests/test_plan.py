@@ -50,6 +50,8 @@ def test_a_step_is_compiled_for_virtual_devices(tmp_path):
     (["--topology=cpu:8", "--config.mesh.tensor=8"], "axis N has length 4, which does not divide over"),
     (["--topology=cpu:8", "--config.train.microbatches=4"], "axis B has length 4, which does not divide"),
     (["--topology=cpu:8", "--zero_fraction=2"], "--zero_fraction=2.0: it is a share"),
+    (["--topology=cpu:8", "--config.model.num_experts=8", "--config.model.experts_per_token=2",
+      "--config.model.moe_impl=ep_ragged_a2a"], "runs on TPUs only and this is a cpu"),
     ([], "--config and --topology are needed"),
   ],
 )  # fmt: skip

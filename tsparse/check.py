@@ -11,16 +11,19 @@ from tsparse.convert.model import Model, open_model
 from tsparse.data import check_data, load_vocabulary, same_vocabulary
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
+from tsparse.models.moe import ONLY_ON
 from tsparse.models.transformer import remat_policy
 from tsparse.train import memory
 from tsparse.train.loop import prepare
+from tsparse.train.step import ROUTER_LOSSES
 
 SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "mesh", "analysis")
 POSITIVE = (
   "steps", "batch_size", "seq_len", "microbatches", "learning_rate", "clip_norm", "log_every", "checkpoint_every",
   "keep_checkpoints", "eval_every", "eval_batches",
 )  # fmt: skip
-NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss")
+OF_ROUTERS = (*ROUTER_LOSSES, "router_jitter")
+NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
 FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl")
 
@@ -35,15 +38,18 @@ def check_sections(config: ml_collections.ConfigDict):
 def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
   mesh = sharding.make_mesh(config.mesh)
-  needed = check_step(config, mesh)
+  needed = check_step(config, mesh, mesh.devices.flat[0].platform)
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
   check_data(config.data, config.model.vocab_size)
 
 
-def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """What a step of `config` needs on `mesh` (memory.training_bytes); UserError if there can be no such step."""
+def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platform: str) -> dict[str, int]:
+  """What a step of `config` needs on `mesh` (memory.training_bytes); UserError if there can be no such step.
+
+  `platform` is what it is compiled for: that of the mesh's devices, unless they stand in for others.
+  """
   settings = config.train
   for key in POSITIVE:
     if not 0 < settings[key] < float("inf"):
@@ -67,6 +73,7 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> di
     raise UserError("config.analysis.tokens and config.analysis.batch_size must be positive.")
   model = model_config(config)
   remat_policy(model.remat)
+  check_experts(model, settings, platform)
   if settings.seq_len > model.max_seq_len:
     raise UserError(
       f"config.train.seq_len is {settings.seq_len} and the model is made for at most {model.max_seq_len} tokens: lower "
@@ -86,6 +93,20 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> di
   rows_per_device = rows // sharding.shard_count(mesh, "B")
   target = prepare(config, mesh).target
   return memory.training_bytes(model, target, rows_per_device, settings.seq_len, settings.microbatches)
+
+
+def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platform: str):
+  """Raises UserError for an implementation the platform lacks, and for settings of routers that cannot be."""
+  if model.num_experts and platform != ONLY_ON.get(model.moe_impl, platform):
+    raise UserError(
+      f"config.model.moe_impl {model.moe_impl} runs on TPUs only and this is a {platform}, for which XLA has no "
+      "ragged-all-to-all: set --config.model.moe_impl=ep_allgather, which keeps experts where they are too."
+    )
+  of_routers = [f"config.train.{name}={settings[name]}" for name in OF_ROUTERS if settings[name]]
+  if of_routers and not model.num_experts:
+    raise UserError(f"{', '.join(of_routers)}: the model has no experts, hence no routers; leave it at 0.")
+  if settings.router_jitter >= 1:
+    raise UserError(f"config.train.router_jitter is {settings.router_jitter}; it must be below 1.")
 
 
 def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig):

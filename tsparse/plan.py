@@ -52,7 +52,7 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
   batch = {name: row for name in ("inputs", "targets", "segment_ids", "positions")}
   start = time.monotonic()
   with jax.set_mesh(mesh):
-    lowered = compiled_step(run, config.train).lower(run.target, batch)
+    lowered = compiled_step(run, config).lower(run.target, batch)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -101,7 +101,7 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
   kind, _ = topology.parse(name)
   devices, compilable = topology.devices(name)
   mesh = sharding.make_mesh(config.mesh, devices)
-  estimate = check_step(config, mesh)
+  estimate = check_step(config, mesh, platform="cpu" if kind == "cpu" else "tpu")
   model, settings, chip = model_config(config), config.train, topology.CHIPS.get(kind)
   tokens = settings.batch_size * settings.seq_len
   result = {

@@ -10,8 +10,9 @@ from tsparse.activations import activation
 from tsparse.analysis.masks import TopK
 from tsparse.models import counts, layers
 from tsparse.models.config import PRESETS
-from tsparse.models.moe import IMPLEMENTATIONS, Experts, moe, route
+from tsparse.models.moe import IMPLEMENTATIONS, Experts, moe
 from tsparse.models.predictor import predict
+from tsparse.models.router import route, router_logits
 from tsparse.models.transformer import REMAT, Transformer, init_parameters
 from tsparse.sharding import path_name
 
@@ -147,12 +148,12 @@ def test_router_weights_are_a_softmax_over_the_chosen():
     e = np.exp(logits[index][chosen] - logits[index].max())
     expected[index][chosen] = e / e.sum()
   valid = np.arange(5) < np.array([[5], [4]])
-  chosen, weights = route(x, router, valid, 2)
+  chosen, weights = route(router_logits(x, router), valid, 2)
   spread = jnp.einsum("btk,btke->bte", weights, jax.nn.one_hot(chosen, 4))
   np.testing.assert_allclose(spread, expected * valid[..., None], atol=1e-5)
   np.testing.assert_array_equal(chosen[valid], np.argsort(-logits)[..., :2][valid])
   assert (chosen[~valid] == 4).all()
-  chosen, underflown = route(jnp.ones((1, 1, 1)), jnp.array([[500.0, 0, -500.0]]), np.array([[True]]), 2)
+  chosen, underflown = route(jnp.array([[[500.0, 0, -500.0]]]), np.array([[True]]), 2)
   assert underflown[0, 0].tolist() == [1, 0] and chosen[0, 0].tolist() == [0, 1]
 
 
@@ -165,8 +166,8 @@ def test_moe_equals_a_loop_over_tokens(impl):
   )
   down = np.asarray(jax.random.normal(keys[4], (4, 10, 8)))
   valid = np.arange(6)[None] < 5
-  out, ffn = moe(impl, x, router, Experts(gate, up, down), valid, activation("drelu"), 2)
-  chosen, weights = map(np.asarray, route(x, router, valid, 2))
+  out, ffn = moe(impl, x, router_logits(x, router), Experts(gate, up, down), valid, activation("drelu"), 2)
+  chosen, weights = map(np.asarray, route(router_logits(x, router), valid, 2))
   fired = np.zeros((4, 10))
   for t in range(6):
     expected = 0

@@ -59,6 +59,12 @@ def test_parts_of_one_asynchronous_collective_are_one():
   assert collectives(hlo) == {"all-gather": {"count": 2, "bytes": 2 * 16}}
 
 
+def test_collectives_of_one_shard_map_share_a_channel_and_are_told_apart_by_their_origin():
+  line = '  %{0} = f32[4]{{0}} all-gather(%p), channel_id=1, metadata={{op_name="{1}" stack_frame_id={2}}}, x={{}}\n'
+  lines = "".join(line.format(f"g{i}", *origin) for i, origin in enumerate([("fwd", 1), ("fwd", 2), ("bwd", 1)]))
+  assert collectives("ENTRY %main (p: f32[2]) -> f32[4] {\n" + lines + "}\n")["all-gather"]["count"] == 3
+
+
 def test_a_loop_whose_length_is_unknown_is_not_guessed():
   with pytest.raises(ValueError, match="trip count"):
     collectives(NESTED)

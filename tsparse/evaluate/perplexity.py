@@ -55,7 +55,7 @@ def batch_sums(
 ) -> tuple[jax.Array, ModelCounts]:
   """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
-  nll, _, counts = token_losses(model, params, batch, intervention)  # [B, T]
+  nll, _, counts, _ = token_losses(model, params, batch, intervention)  # [B, T]
   return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), counts))  # every host reads all of it
 
 

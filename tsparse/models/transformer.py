@@ -34,6 +34,7 @@ from tsparse.models.ffn import Intervention, feed_forward
 from tsparse.models.loss import head_cross_entropy
 from tsparse.models.moe import Experts, Predictors, moe
 from tsparse.models.predictor import predict
+from tsparse.models.router import Jitter, RouterSums, router_logits, router_sums
 from tsparse.sharding import constrain
 
 Array = jax.Array
@@ -126,9 +127,12 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, residual: Array, valid: Array, intervene: Intervention | None
+    self, x: Array, residual: Array, valid: Array, intervene: Intervention | None, jitter: Jitter | None
   ) -> tuple[Array, dict[str, HiddenCounts]]:
-    """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D] and counts by kind of FFN, [E, F] each."""
+    """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D] and counts by kind of FFN, [E, F] each.
+
+    The RouterSums are set aside in the collection "router", for those who ask for it.
+    """
     config = self.config
     experts = "E" if config.num_experts else ""
     gate = _weight(self, "gate", experts + "DF", fan_in="D")
@@ -144,11 +148,14 @@ class FeedForward(nn.Module):
       out, counts = feed_forward(x, gate, up, down, valid, act, predicted, intervene)
       return out, {"ffn": counts}
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
+    logits = router_logits(x, router, jitter)  # [B, T, E]
+    if self.is_mutable_collection("router"):
+      self.sow("router", "sums", router_sums(logits, valid), init_fn=lambda: None, reduce_fn=lambda _, sums: sums)
     chosen, renormalize, weights = config.experts_per_token, config.router_renormalize, Experts(gate, up, down)
-    out, counts = moe(config.moe_impl, x, router, weights, valid, act, chosen, renormalize, predictor, intervene)
+    out, counts = moe(config.moe_impl, x, logits, weights, valid, act, chosen, renormalize, predictor, intervene)
     if not config.num_shared_experts:
       return out, {"ffn": counts}
-    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene)
+    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene, None)
     if config.shared_gate:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, _weight(self, "shared_gate", "D", fan_in="D")))[..., None]
     return out + shared, {"ffn": counts, "shared": shared_counts["ffn"]}
@@ -168,6 +175,7 @@ class Block(nn.Module):
     segment_ids: Array,
     window_index: Array | None,
     intervene: Intervention | None,
+    jitter: Jitter | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
     """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
     config = self.config
@@ -176,19 +184,20 @@ class Block(nn.Module):
     out = Attention(config, name="attention")(normed, cos, sin, segment_ids, window_index)
     x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
-    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, intervene)
+    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, intervene, jitter)
     if config.post_norms:
       out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
 
 
 def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
-  """`length` equal layers in a scan: parameters with a leading axis L, and so are the interventions and the counts."""
+  """`length` equal layers in a scan: parameters with a leading axis L, and so are the other arguments of a layer, the
+  counts and the sums of the routers."""
   scanned = nn.scan(
     nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "router": 0},
     split_rngs={"params": True},
-    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+    in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
     length=length,
     metadata_params={nn.PARTITION_NAME: "L"},
   )
@@ -202,7 +211,13 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: Array, segment_ids: Array, positions: Array, intervention: Any = None, logits: bool = True
+    self,
+    tokens: Array,
+    segment_ids: Array,
+    positions: Array,
+    intervention: Any = None,
+    jitter: Jitter | None = None,
+    logits: bool = True,
   ) -> tuple[Array, ModelCounts]:
     """Next-token logits.
 
@@ -212,11 +227,12 @@ class Transformer(nn.Module):
       positions: [B, T] int32, position in the segment.
       intervention: optional pytree, itself a callable (gate, up, hidden) -> hidden, every leaf with a leading axis L:
         layer l applies the slice l. Its leaves are traced, so sweeping their values does not recompile.
+      jitter: optional noise of the routers, for training; its leaves have a leading axis L too.
       logits: if false, what the head would read is returned instead (`token_losses` needs no more).
 
     Returns:
       logits [B, T, V] float32 (or the final hidden [B, T, D] in the compute dtype), and by kind of FFN the HiddenCounts
-      with fired [L, E, F] and routed [L, E].
+      with fired [L, E, F] and routed [L, E]. With mutable=["router"] also their RouterSums.
     """
     config = self.config
     embed = _weight(self, "embed", "VD", fan_in="D")
@@ -227,7 +243,7 @@ class Transformer(nn.Module):
     windows = sorted(set(config.windows))
     window_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
     first, counts = config.dense_layers, {}
-    per_layer = (window_index, intervention)
+    per_layer = (window_index, intervention, jitter)
     if first:
       head = jax.tree.map(lambda leaf: leaf[:first], per_layer)
       x, dense = _stack(config.first, first, "first")(x, cos, sin, segment_ids, *head)
@@ -247,8 +263,13 @@ class Transformer(nn.Module):
 
 
 def token_losses(
-  model: Transformer, params: Any, batch: Mapping[str, Array], intervention: Any = None
-) -> tuple[Array, Array, ModelCounts]:
+  model: Transformer,
+  params: Any,
+  batch: Mapping[str, Array],
+  intervention: Any = None,
+  jitter: Jitter | None = None,
+  with_router: bool = False,
+) -> tuple[Array, Array, ModelCounts, RouterSums | None]:
   """Cross-entropy of a batch's targets, without ever holding the logits [B, T, V].
 
   Args:
@@ -256,14 +277,20 @@ def token_losses(
     params: its parameters.
     batch: inputs, targets, segment_ids, positions, each [B, T] int32.
     intervention: see `Transformer`.
+    jitter: see `Transformer`.
+    with_router: the model has experts, and the sums of their routers are wanted.
 
   Returns:
-    -log p(target) and log Z, [B, T] float32 each, and the counts of the hidden.
+    -log p(target) and log Z, [B, T] float32 each, the counts of the hidden, and RouterSums with a leading axis L.
   """
   inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
-  hidden, counts = model.apply({"params": params}, *inputs, intervention, logits=False)
+  mutable = ["router"] if with_router else []
+  (hidden, counts), aside = model.apply(
+    {"params": params}, *inputs, intervention, jitter, logits=False, mutable=mutable
+  )
   head = params["embed"].T if model.config.tie_embeddings else params["head"]  # [D, V]
-  return *head_cross_entropy(hidden, head, batch["targets"], model.config.final_softcap), counts
+  nll, log_z = head_cross_entropy(hidden, head, batch["targets"], model.config.final_softcap)
+  return nll, log_z, counts, aside["router"]["layers"]["ffn"]["sums"] if with_router else None
 
 
 def remat_policy(name: str):

@@ -4,10 +4,10 @@ import functools
 import math
 import re
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 DEFINITION = (
   "collectives a device takes part in during one step, loops multiplied by their trip counts, and the bytes of their "
-  "results on that device"
+  "results on that device (of a ragged-all-to-all the whole buffer, the most that may arrive)"
 )
 BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end in their width
 
@@ -17,7 +17,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 KNOWN_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-CHANNEL = re.compile(r"channel_id=(\d+)")
+ORIGIN = re.compile(r"(channel_id=\d+)(?:.*(metadata=\{[^}]*\}))?")
 COMPARED = re.compile(r"constant\((\d+)\)")
 
 
@@ -41,14 +41,17 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
   @functools.cache
   def inside(name: str) -> dict[tuple[str, str], tuple[int, int]]:
-    """(kind, channel) -> times and bytes of each; the TPU's asynchronous fusions repeat a collective in every part."""
+    """(kind, identity) -> times and bytes of each; the TPU's asynchronous fusions repeat a collective in every part.
+
+    Its channel and where it comes from tell it from others: those of a shard_map have one channel in common.
+    """
     sums = {}
     for number, line in enumerate(bodies.get(name, ())):
       if found := COLLECTIVE.search(line):
         shapes, kind, start = found.groups()
-        channel = CHANNEL.search(line)
+        origin = ORIGIN.search(line)
         size = result_bytes(shapes, halves=bool(start) and kind != "all-reduce")
-        parts = {(kind, channel[1] if channel else f"{name} {number}"): (1, size)}
+        parts = {(kind, " ".join(filter(None, origin.groups())) if origin else f"{name} {number}"): (1, size)}
       elif loop := WHILE.search(line):
         parts = inside(loop[2])
         trips = trip_count(line, bodies[loop[1]]) if parts else 0

@@ -31,7 +31,7 @@ from tsparse.train.log import MetricWriter
 from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from tsparse.train.resume import restore_newest
 from tsparse.train.saver import Saver
-from tsparse.train.step import TrainState, make_train_step
+from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
@@ -74,10 +74,18 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
   return Run(model, tx, target)
 
 
-def compiled_step(run: Run, settings: ml_collections.ConfigDict) -> Callable:
-  """The jitted training step (state, batch) -> (state, metrics) of `config.train`; the state is given away."""
-  schedule = learning_rate(settings)
-  step = make_train_step(run.model, run.tx, schedule, z_loss=settings.z_loss, microbatches=settings.microbatches)
+def compiled_step(run: Run, config: ml_collections.ConfigDict) -> Callable:
+  """The jitted training step (state, batch) -> (state, metrics) of `config`; the state is given away."""
+  settings = config.train
+  step = make_train_step(
+    run.model,
+    run.tx,
+    learning_rate(settings),
+    weights={name: settings[name] for name in ("z_loss", *ROUTER_LOSSES)},
+    router_jitter=settings.router_jitter,
+    seed=config.seed,
+    microbatches=settings.microbatches,
+  )
   # of several hosts each must be able to read all of the metrics
   everywhere = (jax.tree.map(lambda x: x.sharding, run.target), run.target.step.sharding)
   return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
@@ -147,7 +155,7 @@ def train(
   """
   settings = config.train
   run = prepare(config, mesh)
-  train_step = compiled_step(run, settings)
+  train_step = compiled_step(run, config)
 
   warn = functools.partial(_warn, console)
   start = begin(config, workdir, run, init, warn)

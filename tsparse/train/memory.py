@@ -17,8 +17,8 @@ def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
 
   Counted: what each layer keeps for the backward pass (with remat "full" its input only), the working set of one layer
   (projections, attention scores, the hidden of the experts a token is routed to, or of all with moe_impl "dense"), and
-  one block of the logits with its gradient in float32. Not counted: the room "ep_allgather" keeps for its group's
-  tokens. XLA's fusions and temporaries make the true figure differ by some tens of percent.
+  one block of the logits with its gradient in float32. Not counted: the room "ep_allgather" and "ep_ragged_a2a" keep
+  for the tokens of their group. XLA's fusions and temporaries make the true figure differ by some tens of percent.
   """
   width = 2 if model.dtype == "bfloat16" else 4
   s = model.sizes

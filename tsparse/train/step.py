@@ -1,6 +1,6 @@
 """One training step, a pure function of (state, batch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from tsparse.models.counts import (
   zero_fraction,
   zero_fraction_per_layer,
 )
+from tsparse.models.router import Jitter, router_balance_loss, router_z_loss
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain
 
@@ -33,27 +34,51 @@ class TrainState:
 
 @struct.dataclass
 class Sums:
-  """Sums over the tokens of one or several microbatches."""
+  """Sums over the tokens of one or several microbatches, [] float32 each.
 
-  nll: jax.Array  # [] float32, nats
-  log_z_squared: jax.Array  # [] float32
+  Attributes:
+    nll: nats.
+    added: the terms that are added to it, by name, before they are weighted.
+    counts: of the hidden.
+  """
+
+  nll: jax.Array
+  added: dict[str, jax.Array]
   counts: ModelCounts
 
 
-def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) -> tuple[jax.Array, Sums]:
-  """Sum over the batch's tokens of  -log p(target) + z_loss * (log Z)^2  (z-loss: PaLM, arXiv 2204.02311)."""
-  nll, log_z, counts = token_losses(model, params, batch)  # [B, T]
+ROUTER_LOSSES = ("router_z_loss", "router_balance_loss")  # their definitions: tsparse/models/router.py
+
+
+def summed_loss(
+  params: Any, batch: Batch, model: Transformer, weights: Mapping[str, float], router_jitter: float = 0.0
+) -> tuple[jax.Array, Sums]:
+  """Sum over the batch's tokens of  -log p(target) + sum over the added terms of weight * term.
+
+  Args:
+    params: of the model.
+    batch: with router_jitter also router_keys, [B, L] random keys.
+    model: the decoder.
+    weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, which every token shares equally and
+      which are not computed when both weigh 0.
+    router_jitter: epsilon of the routers' Jitter.
+  """
+  jitter = Jitter(batch["router_keys"].T, router_jitter) if router_jitter else None
+  with_router = any(weights.get(name) for name in ROUTER_LOSSES)
+  nll, log_z, counts, router = token_losses(model, params, batch, jitter=jitter, with_router=with_router)  # [B, T]
+  counts = jax.lax.stop_gradient(counts)
   real = batch["segment_ids"] > 0
-  sums = Sums(
-    nll=jnp.sum(nll, where=real),
-    log_z_squared=jnp.sum(jnp.square(log_z), where=real),
-    counts=jax.lax.stop_gradient(counts),
-  )
-  return sums.nll + z_loss * sums.log_z_squared, sums
+  added = {"z_loss": jnp.sum(jnp.square(log_z), where=real)}
+  if with_router:
+    tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
+    added["router_z_loss"] = tokens * router_z_loss(router, tokens)
+    added["router_balance_loss"] = tokens * router_balance_loss(router, counts["ffn"].routed, tokens)
+  sums = Sums(nll=jnp.sum(nll, where=real), added=added, counts=counts)
+  return sums.nll + sum(weights[name] * term for name, term in added.items()), sums
 
 
 def summed_gradients(
-  params: Any, batch: Batch, model: Transformer, z_loss: float, microbatches: int
+  params: Any, batch: Batch, model: Transformer, weights: Mapping[str, float], router_jitter: float, microbatches: int
 ) -> tuple[Any, Sums]:
   """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time.
 
@@ -61,20 +86,23 @@ def summed_gradients(
   second copy of them.
   """
   if microbatches == 1:
-    return jax.grad(summed_loss, has_aux=True)(params, batch, model, z_loss)
+    return jax.grad(summed_loss, has_aux=True)(params, batch, model, weights, router_jitter)
 
   def split(x):  # row r goes to microbatch r % A, so that every device keeps its own rows
     return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
 
   total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
+  def loss_of(params, microbatch):
+    return summed_loss(params, microbatch, model, weights, router_jitter)
+
   def add(sums, microbatch):
-    loss, backward, more = jax.vjp(lambda p: summed_loss(p, microbatch, model, z_loss), params, has_aux=True)
+    loss, backward, more = jax.vjp(lambda p: loss_of(p, microbatch), params, has_aux=True)
     backward.with_refs(total)(jnp.ones_like(loss))
     return jax.tree.map(jnp.add, sums, more), None
 
   batch = jax.tree.map(split, batch)
-  sums = jax.eval_shape(lambda b: summed_loss(params, b, model, z_loss)[1], jax.tree.map(lambda x: x[0], batch))
+  sums = jax.eval_shape(lambda b: loss_of(params, b)[1], jax.tree.map(lambda x: x[0], batch))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
   sums = jax.lax.scan(add, zeros, batch)[0]
   return jax.tree.map(jax.ref.freeze, total), sums
@@ -85,21 +113,36 @@ def make_train_step(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
-  z_loss: float,
+  weights: Mapping[str, float],
+  router_jitter: float,
+  seed: int,
   microbatches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """A function (state, batch) -> (state, metrics). The loss is the mean over all real tokens of the whole batch."""
+  """A function (state, batch) -> (state, metrics). The loss is the mean over all real tokens of the whole batch.
+
+  Args:
+    model: the decoder.
+    tx: the optimizer.
+    schedule: its learning rate, for the metrics.
+    weights: see `summed_loss`; the metric of that name is the term as it is added, the metric "loss" has none of them.
+    router_jitter: see `summed_loss`; the noise of a row depends on the seed, the step, the layer and the row alone.
+    seed: of that noise.
+    microbatches: the batch is computed in so many pieces.
+  """
 
   def train_step(state: TrainState, batch: Batch):
     batch = {name: constrain(x, "BT") for name, x in batch.items()}
     tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
-    grads, sums = summed_gradients(state.params, batch, model, z_loss, microbatches)
+    if router_jitter:
+      key = jax.random.fold_in(jax.random.key(seed), state.step)
+      batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
+    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": sums.nll / tokens,
-      "z_loss": z_loss * sums.log_z_squared / tokens,
+      **{name: weights[name] * term / tokens for name, term in sums.added.items()},
       "grad_norm": optax.tree_utils.tree_norm(grads),
       "learning_rate": schedule(state.step),
       "tokens": tokens,

@@ -6,6 +6,7 @@ checkpoints/  metrics.jsonl  tensorboard/  report/
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -50,11 +51,26 @@ def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
   return flat
 
 
+def defaults() -> dict[str, Any]:
+  """Field -> what a config without it means, {"config.train.steps": 1000, ...}; models are of no preset."""
+  from configs import default
+  from tsparse.models.config import ModelConfig
+
+  config = default.get_config()
+  fields = [field for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING]
+  config.model = {field.name: field.default for field in fields if field.name in config.model}
+  return flatten(_resolved(config))
+
+
 def check_free(workdir: Path, config: ml_collections.ConfigDict):
-  """Raises UserError when `workdir` holds another config than `config`."""
+  """Raises UserError when `workdir` holds another config than `config`.
+
+  A field that the workdir's lacks was at its default: there was no such field yet.
+  """
   if not (workdir / "config.json").exists():
     return
-  old, new = flatten(read_config(workdir)), flatten(_resolved(config))
+  new = flatten(_resolved(config))
+  old = {name: x for name, x in defaults().items() if name in new} | flatten(read_config(workdir))
   changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
   if changed:
     shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])

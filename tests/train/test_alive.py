@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -214,6 +215,28 @@ def test_a_save_that_fails_in_the_background_is_told_too(text, whole, tmp_path):
   shown = (tmp_path / "shown").read_text()
   assert [f"step {step} could not be saved" in shown for step in (3, 6, 8)] == [True] * 3
   assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize("limit", [16_000, 500])  # of a file's bytes: too few for arrays, too few for anything
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint_and_one_sentence(limit, text, whole, tmp_path, capfd):
+  """The system refuses to write in Orbax's own threads, from the third step to the fifth."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  jax.config.update("jax_enable_compilation_cache", False)  # whose files are refused too
+  try:
+    with pytest.MonkeyPatch.context() as patch:
+      at_batch(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+      at_batch(patch, 5, lambda: (time.sleep(1), resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))))
+      shown = go(small(text), tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    jax.config.update("jax_enable_compilation_cache", True)
+  told = [line for line in shown.splitlines() if "could not be saved" in line]
+  assert told == [
+    f"warning: the checkpoint of step 3 could not be saved in {tmp_path} (File too large). Training goes on, and saves "
+    "again at the next."
+  ]
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+  assert losses(tmp_path) == losses(whole) and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_leaves_what_is_needed_to_look_at_it(text, tmp_path):

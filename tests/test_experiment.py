@@ -1,9 +1,7 @@
 """Whole experiments, small, in this process: what they write, and what they refuse before touching anything."""
 
-import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import jax
@@ -179,26 +177,6 @@ def test_an_init_without_a_checkpoint_is_refused_and_untouched(text, tmp_path):
   with pytest.raises(UserError, match="holds no checkpoint"):
     experiment.run(config, tmp_path / "run", quiet())
   assert sorted(path.name for path in (tmp_path / "init").iterdir()) == before and not (tmp_path / "run").exists()
-
-
-def test_an_init_whose_newest_checkpoint_is_torn_gives_the_one_before(text, tmp_path):
-  init = tmp_path / "init"
-  experiment.run(small(text, tiny_moe_drelu), init, quiet())
-  shutil.rmtree(init / "checkpoints" / "12" / "params")
-  before = sorted(str(path) for path in init.rglob("*"))
-  config = small(text, tiny_moe_drelu)
-  config.init = str(init)
-  shown = Console(file=io.StringIO(), width=10_000)
-  experiment.run(config, tmp_path / "run", shown)
-  assert f"warning: the checkpoint of step 12 of {init} is torn" in shown.file.getvalue()
-  assert "starting from step 10 instead." in shown.file.getvalue()
-  assert json.loads((tmp_path / "run" / "init.json").read_text())["step"] == 10
-  assert sorted(str(path) for path in init.rglob("*")) == before
-  shutil.rmtree(init / "checkpoints" / "10" / "params")
-  with pytest.raises(UserError, match="no checkpoint of config.init .* can be restored .step 12: .*; step 10: "):
-    experiment.run(config, tmp_path / "other", quiet())
-  with pytest.raises(UserError, match="the checkpoint of step 10 of .* is torn"):
-    experiment.run(config, tmp_path / "run", quiet())
 
 
 def test_a_workdir_goes_on_when_configs_have_got_more_fields_since(text, tmp_path):

@@ -28,6 +28,15 @@ from tsparse.errors import UserError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "ml-collections", "numpy")
 
 
+def local(name: str) -> Path:
+  """The folder called `name`; UserError for a bucket, which pathlib would take for a folder of that name."""
+  if "://" in name:
+    raise UserError(
+      f"--workdir={name} is no folder of this machine: mount the bucket and name its folder (docs/tpu.md)."
+    )
+  return Path(name)
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
   """The resolved config of a workdir; UserError when the folder is not one."""
   path = workdir / "config.json"

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from configs import default
-from tsparse import sharding
+from tsparse import experiment, sharding
 from tsparse import workdir as workdirs
 from tsparse.convert.model import open_model
 from tsparse.data.iterator import TrainIterator
@@ -23,7 +23,7 @@ from tsparse.errors import RunFailure, Stopped, UserError
 from tsparse.train import checkpoint, resume
 from tsparse.train.clock import KNOWN, Clock
 from tsparse.train.log import MetricWriter
-from tsparse.train.loop import train
+from tsparse.train.loop import prepare, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,8 +160,6 @@ def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_its_step_is_saved
 
 def test_whatever_file_is_cut_or_lost_the_checkpoint_before_is_restored_or_nothing_was_lost(text, whole, tmp_path):
   """Each file of a checkpoint in turn; a file that nobody needs may go, a number may not change."""
-  from tsparse.train.loop import prepare
-
   mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
   target = prepare(small(text), mesh).target
   good = resume.restore_newest(whole, target, pytest.fail)
@@ -182,6 +180,31 @@ def test_whatever_file_is_cut_or_lost_the_checkpoint_before_is_restored_or_nothi
         fell_back.append(file.parts[2])
       shutil.rmtree(workdir)
   assert {"params", "optimizer", "data"} <= set(fell_back)
+
+
+def test_an_init_whose_newest_checkpoint_is_torn_gives_the_one_before(text, whole, tmp_path):
+  init, run = shutil.copytree(whole, tmp_path / "init"), tmp_path / "run"
+  run.mkdir()
+  tear(init / "checkpoints" / "8" / "params")
+  before = sorted(init.rglob("*"))
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+  target = prepare(small(text), mesh).target.params
+  shown = io.StringIO()
+  for _ in range(2):  # the second start takes what the first has noted
+    params, tokens = experiment.restore_init(init, run, Console(file=shown, width=10_000), target)
+    good = checkpoint.restore_parameters(whole, 6, target)[0]
+    jax.tree.map(np.testing.assert_array_equal, params, good)
+  assert tokens == 6 * 8 * 16 and json.loads((run / "init.json").read_text())["step"] == 6
+  assert shown.getvalue().count("\n") == 1 and sorted(init.rglob("*")) == before
+  assert f"the checkpoint of step 8 of {init} is torn" in shown.getvalue()
+  assert shown.getvalue().endswith("; starting from step 6 instead.\n")
+
+  tear(init / "checkpoints" / "6" / "params")
+  with pytest.raises(UserError, match="the checkpoint of step 6 of .* is torn"):
+    experiment.restore_init(init, run, Console(quiet=True), target)
+  (run / "init.json").unlink()
+  with pytest.raises(UserError, match="no checkpoint of config.init .* can be restored .step 8: .*; step 6: "):
+    experiment.restore_init(init, run, Console(quiet=True), target)
 
 
 def test_a_failed_save_is_told_and_training_goes_on(text, whole, tmp_path, monkeypatch):

@@ -3,12 +3,13 @@
 python experiments/run.py --config=configs/repeat.py:runs/tiny_relufy --workdir=runs/again
 """
 
+import functools
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from tsparse.errors import UserError
-from tsparse.workdir import read_config
+from tsparse.workdir import defaults, read_config
 
 
 def get_config(workdir):
@@ -18,4 +19,7 @@ def get_config(workdir):
   config = read_config(Path(workdir))
   if "train" not in config:
     raise UserError(f"{workdir} records no training: give the workdir of a run.")
+  for name, value in defaults().items():  # fields that the workdir is older than
+    *sections, field = name.split(".")[1:]
+    functools.reduce(lambda tree, key: tree.setdefault(key, {}), sections, config).setdefault(field, value)
   return ConfigDict(plain(config))

@@ -1,6 +1,7 @@
 """Whole experiments, small, in this process: what they write, and what they refuse before touching anything."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -8,8 +9,8 @@ import ml_collections
 import pytest
 from rich.console import Console
 
-from configs import tiny_moe_drelu, tiny_relufy
-from tsparse import experiment
+from configs import repeat, tiny_moe_drelu, tiny_relufy
+from tsparse import experiment, files
 from tsparse import workdir as workdirs
 from tsparse.check import check
 from tsparse.errors import RunFailure, UserError
@@ -178,6 +179,36 @@ def test_an_init_without_a_checkpoint_is_refused_and_untouched(text, tmp_path):
   with pytest.raises(UserError, match="holds no checkpoint"):
     experiment.run(config, tmp_path / "run", quiet())
   assert sorted(path.name for path in (tmp_path / "init").iterdir()) == before and not (tmp_path / "run").exists()
+
+
+def test_a_workdir_goes_on_when_configs_have_got_more_fields_since(text, tmp_path):
+  """A field it lacks was at its default."""
+  config, path = small(text, tiny_moe_drelu), tmp_path / "config.json"
+  with workdirs.claim(tmp_path, config):
+    fields = json.loads(path.read_text())
+  del fields["train"]["z_loss"], fields["model"]["qk_norm"], fields["model"]["predictor_ranks"], fields["data"]["eos"]
+  path.write_text(json.dumps(fields))
+  workdirs.check_free(tmp_path, config)
+  assert repeat.get_config(str(tmp_path)).to_dict() == config.to_dict()
+  config.train.z_loss = 1e-4
+  config.model.qk_norm = True
+  sentence = "config.model.qk_norm was False and is now True, config.train.z_loss was 0.0 and is now 0.0001"
+  with pytest.raises(UserError, match=sentence):
+    workdirs.check_free(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+  ("error", "sentence"),
+  [
+    (OSError(28, "No space left on device"), "(No space left on device) and is not there: make room"),
+    (PermissionError(13, "Permission denied", "/a/b"), "(Permission denied: /a/b) and is not there: mend that"),
+    (OSError("No space left on device (os error 28)"), "is not there: make room"),
+  ],
+)
+def test_an_output_that_cannot_be_written_says_why(error, sentence, tmp_path):
+  with pytest.raises(RunFailure, match=re.escape(sentence)), files.new_folder(tmp_path / "out"):
+    raise error
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_config_that_is_no_experiment_is_refused(tmp_path):

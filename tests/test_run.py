@@ -1,6 +1,8 @@
 """`experiments/run.py` as a user types it."""
 
 import json
+import math
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ENVIRONMENT, ROOT
 
@@ -83,10 +86,13 @@ def test_bad_input_to_an_analysis_is_one_sentence_and_exit_code_2(arguments, sen
   assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+
+
 def readme_commands():
-  """The commands of the README and CONTRIBUTING in their order, those of a make target after it."""
-  lines = [line for path in ("README.md", "CONTRIBUTING.md") for line in (ROOT / path).read_text().splitlines()]
-  for line in lines:
+  """The commands of the documents in their order, those of a make target after it; blocks marked `tpu` left out."""
+  text = "\n".join((ROOT / path).read_text() for path in DOCUMENTS)
+  for line in re.sub(r"^```bash tpu$.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
     command = line.split("#")[0].strip()
     if command.startswith("make "):
       done = subprocess.run([*command.split()[:2], "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -109,13 +115,42 @@ def test_every_command_of_the_readme_runs(tmp_path):
       words += [] if "repeat.py" in line else [*SMALL, "--config.train.steps=6"]
       words += ["--config.base.train.steps=6"] * (name == "tiny_relufy")
       words += [] if "--workdir" in line else [f"--workdir={tmp_path}/runs/{name}"]
+    words += [f"--out={tmp_path}/plan.json"] * (script == "plan.py")
     result = run(*words[2:], script=script)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     done.append(script)
   assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 1
+  assert done.count("plan.py") > 1
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if f"configs/{name}.py" not in str(list(readme_commands()))])
+def test_the_jobset_runs_a_command_whose_flags_exist_on_chips_that_fit_together(tmp_path):
+  jobset = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
+  (slices,) = jobset["spec"]["replicatedJobs"]
+  hosts, pod = slices["template"]["spec"], slices["template"]["spec"]["template"]["spec"]
+  (container,) = pod["containers"]
+  python, script, *arguments = container["command"]
+  done = run(*[x for x in arguments if "workdir" not in x], f"--workdir={tmp_path}/run", script=Path(script).name)
+  assert done.returncode == 2 and "covers 2 devices and there are 1" in done.stderr  # all of it was understood
+  assert python == "python" and f"--config.mesh.data={slices['replicas']}" in arguments
+
+  chips = container["resources"]["limits"]["google.com/tpu"]
+  topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+  assert math.prod(map(int, topology.split("x"))) == hosts["parallelism"] * chips
+  assert hosts["completions"] == hosts["parallelism"] and container["resources"]["requests"] == {
+    "google.com/tpu": chips
+  }
+  assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_a_bucket_is_no_workdir():
+  done = run("--config=configs/tiny_drelu.py", "--workdir=gs://bucket/run")
+  assert done.returncode == 2 and "mount the bucket and name its folder" in done.stderr
+
+
+RUN = str([line for line in readme_commands() if "run.py" in line])
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if f"configs/{name}.py" not in RUN])
 def test_every_other_config_runs_or_says_why_this_machine_cannot(name, tmp_path):
   small = [*SMALL, "--config.train.steps=6"] if name.startswith("tiny") else []
   done = run(f"--config=configs/{name}.py", f"--workdir={tmp_path}/run", *small)

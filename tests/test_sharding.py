@@ -25,6 +25,30 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
     sharding.make_mesh(mesh_sizes(**sizes))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What mesh_utils asks of a TPU device; a slice of v5e:2x2 has one chip of each coordinate."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  process_index: int = 0
+
+
+def test_slices_split_the_data_axis_and_nothing_else():
+  chips = [Chip(4 * i + 2 * y + x, i, (x, y, 0)) for i in range(2) for y in range(2) for x in range(2)]
+  for shape in ((2, 4, 1, 1), (4, 2, 1, 1), (2, 1, 2, 2)):
+    grid = sharding.arrange(shape, chips)
+    assert grid.shape == shape and {chip.id for chip in grid.flat} == set(range(8))
+    for i, half in enumerate((grid[: shape[0] // 2], grid[shape[0] // 2 :])):
+      assert {chip.slice_index for chip in half.flat} == {i}
+  with pytest.raises(UserError, match="on 2 slices: .* set --config.mesh.data=2, or a multiple"):
+    sharding.make_mesh(mesh_sizes(fsdp=-1), chips)
+
+
 def test_a_mesh_axis_shards_one_dimension_of_an_array():
   assert sharding.spec("BTD") == P(("data", "fsdp", "expert"), None, None)
   assert sharding.spec("LEDF") == P(None, "expert", "fsdp", "tensor")

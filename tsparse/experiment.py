@@ -23,6 +23,8 @@ from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
+from tsparse.progress import warn
+from tsparse.train import resume
 from tsparse.train.loop import train
 
 
@@ -66,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
     for stage, folder, start, title in stages:
       began = time.monotonic()
       quick = held_out.batches[: stage.train.eval_batches]
-      restore = open_init(start, folder).restore if start else None
+      restore = functools.partial(restore_init, start, folder, console) if start else None
       train(stage, folder, mesh, quick, console, title, restore)
       seconds[title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
@@ -80,13 +82,31 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   return analysis
 
 
+def restore_init(init: Path, workdir: Path, console: Console, target: Any) -> tuple[Any, int]:
+  """The parameters that the experiment of `workdir` starts from, and the tokens they have seen.
+
+  They are those of the newest whole checkpoint of `init` at its first start, which WORKDIR/init.json then names.
+  """
+  if not hosts.any_host(not (workdir / "init.json").exists()):
+    return open_init(init, workdir).restore(target)
+  steps = resume.finished(init)
+  if steps:
+    restored, torn = resume.newest_whole(steps, lambda step: (step, open_model(init, step).restore(target)))
+    if restored is None:
+      each = "; ".join(f"step {step}: {reason}" for step, reason in torn.items())
+      raise UserError(f"no checkpoint of config.init {init} can be restored ({each}): give another, or mend one.")
+    step, found = restored
+    for newer, reason in torn.items():
+      warn(console, f"the checkpoint of step {newer} of {init} is torn ({reason}); starting from step {step} instead.")
+  else:  # a Hugging Face directory
+    step, found = 0, open_model(init).restore(target)
+  hosts.on_main(lambda: files.write(workdir / "init.json", files.to_json({"model": init, "step": step})))
+  return found
+
+
 def open_init(init: Path, workdir: Path) -> Model:
-  """The model that the experiment of `workdir` starts from: the checkpoint that was the newest at its first start."""
-  record = workdir / "init.json"
-  if hosts.any_host(not record.exists()):
-    step = open_model(init).step
-    hosts.on_main(lambda: files.write(record, files.to_json({"model": init, "step": step})))
-  return open_model(init, json.loads(record.read_text())["step"])
+  """The model that the experiment of `workdir` started from."""
+  return open_model(init, json.loads((workdir / "init.json").read_text())["step"])
 
 
 def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:

@@ -1,5 +1,6 @@
 """Files and folders written whole, and JSON that every reader accepts."""
 
+import errno
 import fcntl
 import glob
 import json
@@ -14,6 +15,8 @@ from typing import Any
 from absl import logging
 
 from tsparse.errors import RunFailure, UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what room would help against
 
 
 def write(path: Path, content: str | bytes):
@@ -90,9 +93,10 @@ def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
     scratch.replace(target)
   except OSError as error:
     shutil.rmtree(scratch, ignore_errors=True)
-    raise RunFailure(
-      f"--out={out} could not be written ({error.strerror or error}) and is not there: make room, or give another."
-    ) from error
+    text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
+    full = error.errno in FULL or any(os.strerror(number) in text for number in FULL)
+    advice = "make room, or give another" if full else "mend that, or give another"
+    raise RunFailure(f"--out={out} could not be written ({text}) and is not there: {advice}.") from error
   except BaseException:
     shutil.rmtree(scratch, ignore_errors=True)
     raise

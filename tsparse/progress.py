@@ -71,3 +71,8 @@ class ByteProgressLine(ProgressLine):
   def _amounts(self, done: int) -> str:
     speed = done / max(1e-9, time.monotonic() - self._start)
     return f"{decimal(done)} of {decimal(self._total)}  {decimal(int(speed))}/s"
+
+
+def warn(console: Console, sentence: str):
+  """Shows a warning, on one line and as it is."""
+  console.print(f"warning: {sentence}", highlight=False, soft_wrap=True, markup=False)

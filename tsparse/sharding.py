@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,7 +41,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices: default `jax.devices()`.
 
   Raises:
-    UserError: the product of the lengths is not the number of devices.
+    UserError: the product of the lengths is not the number of devices, or slices do not divide the data axis.
   """
   devices = jax.devices() if devices is None else devices
   shape = [sizes[axis] for axis in MESH_AXES]
@@ -55,9 +56,29 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f"config.mesh ({asked}) covers {known} devices and there are {len(devices)}: the product of the axes must "
       f"be {len(devices)}; set for instance --config.mesh.fsdp=-1 and the others to 1."
     )
+  slices = slice_count(devices)
+  if shape[0] % slices:
+    raise UserError(
+      f"config.mesh ({asked}) on {slices} slices: the network between slices carries the data axis alone; set "
+      f"--config.mesh.data={slices}, or a multiple."
+    )
   # Auto axes: jax.make_mesh defaults to Explicit ones, which Linen's modules do not support.
-  grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  return jax.sharding.Mesh(arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+  """How many TPU slices the devices are of; 1 for all others."""
+  on_tpu = devices[0].platform == "tpu"
+  return len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+
+
+def arrange(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices in an array of `shape`, neighbours of a torus near each other; of slices each has its part of data."""
+  slices = slice_count(devices)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+  return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def spec(axes: Sequence[str]) -> P:

@@ -6,6 +6,7 @@ checkpoints/  metrics.jsonl  tensorboard/  report/
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,6 +26,15 @@ from tsparse import files
 from tsparse.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "ml-collections", "numpy")
+
+
+def local(name: str) -> Path:
+  """The folder called `name`; UserError for a bucket, which pathlib would take for a folder of that name."""
+  if "://" in name:
+    raise UserError(
+      f"--workdir={name} is no folder of this machine: mount the bucket and name its folder (docs/tpu.md)."
+    )
+  return Path(name)
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -50,11 +60,26 @@ def flatten(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
   return flat
 
 
+def defaults() -> dict[str, Any]:
+  """Field -> what a config without it means, {"config.train.steps": 1000, ...}; models are of no preset."""
+  from configs import default
+  from tsparse.models.config import ModelConfig
+
+  config = default.get_config()
+  fields = [field for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING]
+  config.model = {field.name: field.default for field in fields if field.name in config.model}
+  return flatten(_resolved(config))
+
+
 def check_free(workdir: Path, config: ml_collections.ConfigDict):
-  """Raises UserError when `workdir` holds another config than `config`."""
+  """Raises UserError when `workdir` holds another config than `config`.
+
+  A field that the workdir's lacks was at its default: there was no such field yet.
+  """
   if not (workdir / "config.json").exists():
     return
-  old, new = flatten(read_config(workdir)), flatten(_resolved(config))
+  new = flatten(_resolved(config))
+  old = {name: x for name, x in defaults().items() if name in new} | flatten(read_config(workdir))
   changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
   if changed:
     shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from configs import default
-from tsparse import sharding
+from tsparse import experiment, sharding
 from tsparse import workdir as workdirs
 from tsparse.convert.model import open_model
 from tsparse.data.iterator import TrainIterator
@@ -22,7 +23,7 @@ from tsparse.errors import RunFailure, Stopped, UserError
 from tsparse.train import checkpoint, resume
 from tsparse.train.clock import KNOWN, Clock
 from tsparse.train.log import MetricWriter
-from tsparse.train.loop import train
+from tsparse.train.loop import prepare, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,8 +160,6 @@ def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_its_step_is_saved
 
 def test_whatever_file_is_cut_or_lost_the_checkpoint_before_is_restored_or_nothing_was_lost(text, whole, tmp_path):
   """Each file of a checkpoint in turn; a file that nobody needs may go, a number may not change."""
-  from tsparse.train.loop import prepare
-
   mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
   target = prepare(small(text), mesh).target
   good = resume.restore_newest(whole, target, pytest.fail)
@@ -181,6 +180,31 @@ def test_whatever_file_is_cut_or_lost_the_checkpoint_before_is_restored_or_nothi
         fell_back.append(file.parts[2])
       shutil.rmtree(workdir)
   assert {"params", "optimizer", "data"} <= set(fell_back)
+
+
+def test_an_init_whose_newest_checkpoint_is_torn_gives_the_one_before(text, whole, tmp_path):
+  init, run = shutil.copytree(whole, tmp_path / "init"), tmp_path / "run"
+  run.mkdir()
+  tear(init / "checkpoints" / "8" / "params")
+  before = sorted(init.rglob("*"))
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+  target = prepare(small(text), mesh).target.params
+  shown = io.StringIO()
+  for _ in range(2):  # the second start takes what the first has noted
+    params, tokens = experiment.restore_init(init, run, Console(file=shown, width=10_000), target)
+    good = checkpoint.restore_parameters(whole, 6, target)[0]
+    jax.tree.map(np.testing.assert_array_equal, params, good)
+  assert tokens == 6 * 8 * 16 and json.loads((run / "init.json").read_text())["step"] == 6
+  assert shown.getvalue().count("\n") == 1 and sorted(init.rglob("*")) == before
+  assert f"the checkpoint of step 8 of {init} is torn" in shown.getvalue()
+  assert shown.getvalue().endswith("; starting from step 6 instead.\n")
+
+  tear(init / "checkpoints" / "6" / "params")
+  with pytest.raises(UserError, match="the checkpoint of step 6 of .* is torn"):
+    experiment.restore_init(init, run, Console(quiet=True), target)
+  (run / "init.json").unlink()
+  with pytest.raises(UserError, match="no checkpoint of config.init .* can be restored .step 8: .*; step 6: "):
+    experiment.restore_init(init, run, Console(quiet=True), target)
 
 
 def test_a_failed_save_is_told_and_training_goes_on(text, whole, tmp_path, monkeypatch):
@@ -214,6 +238,28 @@ def test_a_save_that_fails_in_the_background_is_told_too(text, whole, tmp_path):
   shown = (tmp_path / "shown").read_text()
   assert [f"step {step} could not be saved" in shown for step in (3, 6, 8)] == [True] * 3
   assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize("limit", [16_000, 500])  # of a file's bytes: too few for arrays, too few for anything
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint_and_one_sentence(limit, text, whole, tmp_path, capfd):
+  """The system refuses to write in Orbax's own threads, from the third step to the fifth."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  jax.config.update("jax_enable_compilation_cache", False)  # whose files are refused too
+  try:
+    with pytest.MonkeyPatch.context() as patch:
+      at_batch(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+      at_batch(patch, 5, lambda: (time.sleep(1), resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))))
+      shown = go(small(text), tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    jax.config.update("jax_enable_compilation_cache", True)
+  told = [line for line in shown.splitlines() if "could not be saved" in line]
+  assert told == [
+    f"warning: the checkpoint of step 3 could not be saved in {tmp_path} (File too large). Training goes on, and saves "
+    "again at the next."
+  ]
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+  assert losses(tmp_path) == losses(whole) and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_leaves_what_is_needed_to_look_at_it(text, tmp_path):

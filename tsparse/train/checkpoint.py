@@ -17,8 +17,12 @@ import orbax.checkpoint as ocp
 from tsparse.errors import UserError
 from tsparse.train.step import TrainState
 
-# Orbax warns of each item of a checkpoint that it was not asked for, and of leaves, that they are no jax.Array.
-QUIET = ("could not be restored", "No jax.Array in TypeHandlerRegistry", "Skipping merge of OCDBT checkpoints")
+# Orbax warns of each item of a checkpoint that it was not asked for, and of leaves, that they are no jax.Array; what
+# fails in its threads it logs with tracebacks, and raises again where saver.py makes a sentence of it.
+QUIET = (
+  "could not be restored", "No jax.Array in TypeHandlerRegistry", "Skipping merge of OCDBT checkpoints",
+  "raised an exception", "in background save thread", "Finalize thread (%s) failed", "Checkpointer failed:",
+)  # fmt: skip
 logging.getLogger("absl").addFilter(lambda record: not any(text in str(record.msg) for text in QUIET))
 
 # Of parameters. Left to itself Orbax makes them 2 GB, and whoever reads one holds it several times.
@@ -101,11 +105,22 @@ def restore_items(
   arguments: ocp.args.Composite,
   handlers: Mapping[str, ocp.CheckpointHandler] | None = None,
 ) -> Any:
-  """The items of a step, by Orbax's arguments; UserError when the step is gone."""
+  """The items of a step, by Orbax's arguments; UserError when the step is gone or torn."""
   with reader(workdir, handlers) as checkpoints:
     if step not in checkpoints.all_steps():
       raise UserError(f"{workdir} no longer holds the checkpoint of step {step}: it has trained on since.")
-    return checkpoints.restore(step, args=arguments)
+    try:
+      return checkpoints.restore(step, args=arguments)
+    except Exception as error:  # whatever Orbax makes of missing and of broken files
+      raise UserError(
+        f"the checkpoint of step {step} of {workdir} is torn ({why(error)}): put a whole one into its checkpoints/, or "
+        "move it away for the one before."
+      ) from error
+
+
+def why(error: BaseException) -> str:
+  """The first line of an error of Orbax's, with its type."""
+  return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -24,7 +24,7 @@ from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
-from tsparse.progress import ProgressLine
+from tsparse.progress import ProgressLine, warn
 from tsparse.train import checkpoint, failure
 from tsparse.train.clock import Clock
 from tsparse.train.log import MetricWriter
@@ -157,8 +157,8 @@ def train(
   run = prepare(config, mesh)
   train_step = compiled_step(run, config)
 
-  warn = functools.partial(_warn, console)
-  start = begin(config, workdir, run, init, warn)
+  tell = functools.partial(warn, console)
+  start = begin(config, workdir, run, init, tell)
   if start.step:
     console.print(f"{title}  resumed at step {start.step} of {settings.steps}", highlight=False)
   bad = run_steps(config, workdir, mesh, run.model, train_step, start, validation, console, title)
@@ -167,7 +167,7 @@ def train(
   del start  # its arrays make room for those of the repetition
   loss, grad_norm = float(bad.metrics["loss"]), float(bad.metrics["grad_norm"])
   console.print(f"{title}  step {bad.step} is not finite; repeating it from the last checkpoint", highlight=False)
-  kept = failure.keep(workdir, begin(config, workdir, run, init, warn), train_step, mesh, bad)
+  kept = failure.keep(workdir, begin(config, workdir, run, init, tell), train_step, mesh, bad)
   raise RunFailure(
     f"{title}: loss {loss} and gradient norm {grad_norm} at step {bad.step} are not finite; no checkpoint has them. "
     f"{kept} Start again in a new --workdir with a lower --config.train.learning_rate or --config.train.clip_norm, or "
@@ -191,10 +191,10 @@ def run_steps(
   state, data, tokens_seen = start.state, start.data, start.tokens_seen
   start.state = None  # it is donated to the first step
 
-  warn = functools.partial(_warn, console)
+  tell = functools.partial(warn, console)
   clock = Clock()
   unread: dict[str, Any] = {}
-  writer = MetricWriter(workdir, start.step, warn) if hosts.is_main() else None
+  writer = MetricWriter(workdir, start.step, tell) if hosts.is_main() else None
 
   def log(step: int, metrics: dict[str, Any]):
     if writer:
@@ -214,12 +214,12 @@ def run_steps(
       log(step, {"loss": loss, **metrics, **facts})
     if slow:
       seconds, median = slow
-      warn(f"step {step} took {seconds:.1f} s, {seconds / median:.0f} times the median of {median:.3g} s.")
+      tell(f"step {step} took {seconds:.1f} s, {seconds / median:.0f} times the median of {median:.3g} s.")
       log(step, {"slow_step_seconds": seconds, "median_step_seconds": median})
 
   try:
     with (
-      Saver(workdir, settings.keep_checkpoints, warn) as saver,
+      Saver(workdir, settings.keep_checkpoints, tell) as saver,
       ProgressLine(console, title, start.step, settings.steps) as bar,
       StopRequest(mesh, console) as stop,
     ):
@@ -261,10 +261,6 @@ def run_steps(
     if writer:
       writer.close()
   return None
-
-
-def _warn(console: Console, sentence: str):
-  console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
 
 
 def data_seed(seed: int, tokens_seen: int) -> int:

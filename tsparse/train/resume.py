@@ -6,13 +6,16 @@ WORKDIR/torn/STEP      what is left of those that no longer are
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tsparse import files, hosts
 from tsparse.errors import UserError
 from tsparse.train import checkpoint
 from tsparse.train.step import TrainState
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,12 @@ def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None
   Raises:
     UserError: there were checkpoints, and none is whole.
   """
-  steps = _finished(workdir)
-  torn: dict[int, str] = {}
-  found = None
-  while steps and found is None:
-    step = steps.pop()
-    found, torn[step] = _try(workdir, step, target)
+
+  def restore(step: int) -> Restored:
+    with checkpoint.reader(workdir) as checkpoints:
+      return Restored(step, *checkpoint.restore(checkpoints, step, target))
+
+  found, torn = newest_whole(finished(workdir), restore)
   recorded = _recorded(workdir)
   if found is None:
     if torn:
@@ -56,7 +59,6 @@ def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None
         f"{workdir}/checkpoints, or start again in a new --workdir."
       )
     return None
-  del torn[found.step]
   instead = f"going on from that of step {found.step} instead"
   if recorded > max([found.step, *torn]):
     warn(f"the checkpoint of step {recorded} of {workdir} is gone; {instead}.")
@@ -74,18 +76,23 @@ def record(workdir: Path, step: int):
   files.write(workdir / "newest.json", files.to_json({"step": step}))
 
 
-def _try(workdir: Path, step: int, target: TrainState) -> tuple[Restored | None, str]:
-  """The checkpoint, or why it cannot be restored, on this or another host."""
-  found, reason = None, "another host cannot read it"
-  try:
-    with checkpoint.reader(workdir) as checkpoints:
-      found = Restored(step, *checkpoint.restore(checkpoints, step, target))
-  except Exception as error:  # whatever Orbax makes of missing and of broken files
-    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-  return (None if hosts.any_host(found is None) else found), reason
+def newest_whole(steps: Sequence[int], restore: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
+  """What `restore` makes of the newest step it can restore on all hosts, and why not of those that are newer."""
+  torn = {}
+  for step in sorted(steps, reverse=True):
+    found, reason = None, "another host cannot read it"
+    try:
+      found = restore(step)
+    except Exception as error:  # whatever Orbax makes of missing and of broken files
+      reason = checkpoint.why(error.__cause__ or error)  # what a sentence was made of, if it was
+    if not hosts.any_host(found is None):
+      return found, torn
+    torn[step] = reason
+  return None, torn
 
 
-def _finished(workdir: Path) -> list[int]:
+def finished(workdir: Path) -> list[int]:
+  """The steps of the finished checkpoints of a workdir."""
   if not (workdir / "checkpoints").is_dir():
     return []
   with checkpoint.reader(workdir) as checkpoints:

@@ -1,6 +1,7 @@
 """Saves that may fail: training goes on until the next, and only the last one must succeed."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Saver:
     """Starts writing a checkpoint, as `checkpoint.save`; says so where it cannot."""
     self._settle()
     step, error = int(state.step), None
+    if self._failed:
+      self._close()  # opening removes what a thread wrote after the failure
     try:
       hosts.on_main(self._probe)
       self._open()
@@ -80,7 +83,7 @@ class Saver:
   def _conclude(self, step: int, error: Exception | None):
     self._failed = None
     if hosts.any_host(error is not None):
-      reason = (getattr(error, "strerror", None) or str(error).partition("\n")[0]) if error else "on another host"
+      reason = _reason(error) if error else "on another host"
       self._failed = f"the checkpoint of step {step} could not be saved in {self._workdir} ({reason})."
       self._warn(f"{self._failed} Training goes on, and saves again at the next.")
       self._close()
@@ -104,3 +107,10 @@ class Saver:
     if manager is not None:
       with contextlib.suppress(Exception):  # it was told when the save was settled
         manager.close()
+
+
+def _reason(error: Exception) -> str:
+  """What the system says of an error; TensorStore wraps that in the names of its own files."""
+  line = str(error).partition("\n")[0]
+  system = re.search(r": ([^:]+) \[os_error_code=", line)
+  return system[1] if system else getattr(error, "strerror", None) or line

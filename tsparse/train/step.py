@@ -16,10 +16,11 @@ from tsparse.models.counts import (
   zero_fraction,
   zero_fraction_per_layer,
 )
+from tsparse.models.loss import scored
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain
 
-Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions: [B, T] int32
+Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions, loss_mask: [B, T] int32
 
 
 @struct.dataclass
@@ -41,12 +42,12 @@ class Sums:
 
 
 def summed_loss(params: Any, batch: Batch, model: Transformer, z_loss: float) -> tuple[jax.Array, Sums]:
-  """Sum over the batch's tokens of  -log p(target) + z_loss * (log Z)^2  (z-loss: PaLM, arXiv 2204.02311)."""
+  """Sum over the batch's scored tokens of  -log p(target) + z_loss * (log Z)^2  (z-loss: PaLM, arXiv 2204.02311)."""
   nll, log_z, counts = token_losses(model, params, batch)  # [B, T]
-  real = batch["segment_ids"] > 0
+  counted = scored(batch)
   sums = Sums(
-    nll=jnp.sum(nll, where=real),
-    log_z_squared=jnp.sum(jnp.square(log_z), where=real),
+    nll=jnp.sum(nll, where=counted),
+    log_z_squared=jnp.sum(jnp.square(log_z), where=counted),
     counts=jax.lax.stop_gradient(counts),
   )
   return sums.nll + z_loss * sums.log_z_squared, sums
@@ -88,18 +89,19 @@ def make_train_step(
   z_loss: float,
   microbatches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """A function (state, batch) -> (state, metrics). The loss is the mean over all real tokens of the whole batch."""
+  """A function (state, batch) -> (state, metrics). The loss is the mean over all scored tokens of the whole batch."""
 
   def train_step(state: TrainState, batch: Batch):
     batch = {name: constrain(x, "BT") for name, x in batch.items()}
-    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+    tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    counted = jnp.maximum(jnp.sum(scored(batch)), 1).astype(jnp.float32)
     grads, sums = summed_gradients(state.params, batch, model, z_loss, microbatches)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    grads = jax.tree.map(lambda g: g / counted, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-      "loss": sums.nll / tokens,
-      "z_loss": z_loss * sums.log_z_squared / tokens,
+      "loss": sums.nll / counted,
+      "z_loss": z_loss * sums.log_z_squared / counted,
       "grad_norm": optax.tree_utils.tree_norm(grads),
       "learning_rate": schedule(state.step),
       "tokens": tokens,

@@ -73,7 +73,7 @@ def run(text, workdir, processes):
 
 def outputs(started):
   try:
-    texts = [process.communicate(timeout=200) for process in started]
+    texts = [process.communicate(timeout=400) for process in started]
   finally:
     for process in started:
       process.kill()

@@ -11,7 +11,7 @@ from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
 
 # Characters that are encoded at once: what a tokenizer needs in memory and time grows with them. At least so many, and
 # for each token of a row, so that the rows of long contexts can be filled by one document.
-PIECE, PIECE_PER_TOKEN = 65_536, 16
+PIECE, PIECE_PER_TOKEN = 8192, 16
 SPACE = re.compile(r"(?<=\w) (?=\w)")
 
 BYTES = Tokenizer(

@@ -19,8 +19,15 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.model = ConfigDict(model)  # fields: tsparse/models/config.py
 
   config.data = ConfigDict()
-  config.data.train = "stdlib"  # a .jsonl or .txt file or folder, or the name of a seqio task or mixture
+  config.data.train = "stdlib"  # a file or folder of text, or the name of a task or mixture (tsparse/data/mixtures.py)
   config.data.validation = ""  # the same, or "" for the held-out split of `train`
+  config.data.mixture = ""  # "name:weight,name:weight" in place of `train`: shares of the tokens of such names
+  config.data.root = ""  # folder or bucket (gs://...) with the sources of a mixture
+  config.data.allow_missing = False  # sources of a mixture that are not there are left out, the weights renormalised
+  config.data.text_field = "text"  # of the lines of .jsonl and the columns of .parquet files
+  config.data.skip_bad = 0  # so many malformed lines are left out and counted; one more is an error
+  config.data.cache = ""  # folder for what is unpacked and indexed, or "" for $TSPARSE_CACHE or ~/.cache/tsparse
+  config.data.lanes = 8  # independent readers of a batch, which they divide: no more hosts than lanes read their own
   config.data.vocabulary = "bytes"  # or a SentencePiece .model, a tokenizer.json, or a folder with one
   config.data.eos = True  # documents end with its end-of-text token, to be predicted like the others
 

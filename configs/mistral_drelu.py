@@ -1,7 +1,7 @@
 """Mistral-7B ReLUfied to dReLU with the recipe of Turbo Sparse (section 5, Table 5).
 
   python experiments/run.py --config=configs/mistral_drelu.py --config.init=MISTRAL_WORKDIR \\
-    --config.data.train=MIXTURE --config.data.vocabulary=tokenizer.model
+    --config.data.root=FOLDER --config.data.vocabulary=tokenizer.model
 
 Table 5: 150B tokens = 17,881 steps of 2048 x 4096, AdamW (0.9, 0.95), cosine 5e-5 -> 5e-6, 1000 warm-up steps, on
 64 x A800-80G; the result has 90 % zeros. Weight decay and clipping are not printed there: 0.1 and 1.0 are taken.
@@ -22,7 +22,8 @@ def get_config(name="mistral_drelu", preset="mistral_7b"):
   config.activation = "drelu"
   config.smaller = "configs/tiny_relufy.py"
   config.init = "checkpoints/mistral_7b"  # a workdir with the SwiGLU parameters
-  config.data.train = ""  # the data mixture of Table 4
+  config.data.train = "turbosparse_150b"  # Table 4: its 15 sources under config.data.root
+  config.data.lanes = 64  # one for each host of v5e:16x16
   config.data.vocabulary = "checkpoints/mistral_7b/tokenizer.model"
   config.train.steps = 17_881
   config.train.batch_size = 2048

@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.train.test_alive import losses
 from tsparse import hosts
+from tsparse.data import DataSettings, accounts_at, train_iterator
+from tsparse.data.accounting import unpack
 from tsparse.errors import UserError
 
 ARGUMENTS = [
@@ -24,11 +26,38 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def run(text, workdir, processes):
-  """The experiment over 8 devices; returns the completed processes, the first host's first."""
+PIPES = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+READER = """
+import json, sys
+from tsparse import hosts, sharding
+from tsparse.data import DataSettings, merge_positions, train_iterator
+from tsparse.data.sources import Documents
+
+text, port, host = sys.argv[1:]
+hosts.start(f"127.0.0.1:{port}", 2, int(host))
+read, original = [], Documents.read
+Documents.read = lambda self, index: read.append(int(index)) or original(self, index)
+mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 1, "expert": 1})
+every = sharding.local_rows(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8, "expert": 1}), 16)
+rows = sharding.local_rows(mesh, 16)
+data = train_iterator(DataSettings(train=text), seq_len=32, batch_size=16, seed=0, rows=rows)
+for _ in range(3):
+  next(data)
+position = merge_positions(hosts.gather(data.state()))
+print(json.dumps([rows, every, data.lanes, read, position.hex()]))
+"""
+
+
+def free_port() -> int:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    return free.getsockname()[1]
+
+
+def run(text, workdir, processes):
+  """The experiment over 8 devices; returns the completed processes, the first host's first."""
+  port = free_port()
   flag = f"--xla_force_host_platform_device_count={8 // processes} --xla_cpu_multi_thread_eigen=false"
   started = []
   for host in range(processes):
@@ -36,21 +65,20 @@ def run(text, workdir, processes):
     arguments = [*ARGUMENTS, f"--config.data.train={text}", f"--workdir={workdir}", *job]
     started.append(
       subprocess.Popen(
-        [sys.executable, "experiments/run.py", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"XLA_FLAGS": flag},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "experiments/run.py", *arguments], env=ENVIRONMENT | {"XLA_FLAGS": flag}, **PIPES
       )
     )
+  return outputs(started)
+
+
+def outputs(started):
   try:
-    outputs = [process.communicate(timeout=200) for process in started]
+    texts = [process.communicate(timeout=400) for process in started]
   finally:
     for process in started:
       process.kill()
-  assert [process.returncode for process in started] == [0] * processes, outputs
-  return [out for out, _ in outputs]
+  assert [process.returncode for process in started] == [0] * len(started), texts
+  return [out for out, _ in texts]
 
 
 def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path):
@@ -74,6 +102,28 @@ def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path)
       json.loads((each / "report" / "analysis.json").read_text())["models"][0]["loss"] for each in (one, workdir)
     ]
     np.testing.assert_allclose(*held_out, rtol=1e-6)
+
+
+def test_each_host_reads_only_the_lanes_of_its_own_rows(tmp_path):
+  text = tmp_path / "text.jsonl"
+  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(400)))
+  flag, port = "--xla_force_host_platform_device_count=4", free_port()
+  arguments = [sys.executable, "-c", READER, str(text), str(port)]
+  started = [
+    subprocess.Popen([*arguments, str(host)], env=ENVIRONMENT | {"XLA_FLAGS": flag}, **PIPES) for host in range(2)
+  ]
+  found = [json.loads(out.splitlines()[-1]) for out in outputs(started)]
+  assert [rows for rows, *_ in found] == [list(range(8)), list(range(8, 16))]
+  assert [every for _, every, *_ in found] == [list(range(16))] * 2  # where a row is split over hosts, each has it
+  assert [lanes for _, _, lanes, *_ in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  reads = [set(read) for *_, read, _ in found]
+  assert all(reads) and not reads[0] & reads[1]
+  alone = train_iterator(DataSettings(train=str(text)), seq_len=32, batch_size=16, seed=0)
+  for _ in range(3):
+    next(alone)
+  for *_, position in found:  # each has that of all lanes
+    assert accounts_at(bytes.fromhex(position)) == accounts_at(alone.state())
+    assert unpack(bytes.fromhex(position))["lanes"] == unpack(alone.state())["lanes"]
 
 
 @pytest.mark.parametrize(

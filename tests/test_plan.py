@@ -33,7 +33,7 @@ def test_a_step_is_compiled_for_virtual_devices(tmp_path):
   assert result["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1} and result["source"] == "compiler"
   memory = result["memory"]
   exact = memory["estimate"]["parameters"] + memory["estimate"]["optimizer"]
-  batch = 4 * 2 * 32 * 4  # inputs, targets, segment_ids, positions of 2 rows
+  batch = 5 * 2 * 32 * 4  # inputs, targets, segment_ids, positions, loss_mask of 2 rows
   assert memory["compiler"]["arguments"] == exact + batch + 4  # and the step
   assert result["collectives"]["all-gather"]["bytes"] > 0 and memory["compiler"]["temporaries"] > 0
   assert result["flops"]["sparse"] == result["flops"]["model"] - 3 * 512 * 2 * 2 * 3 * 32 * 64

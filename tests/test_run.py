@@ -19,7 +19,7 @@ CONFIGS = sorted(
 )
 SMALL = [
   "--config.model.num_layers=1", "--config.model.d_model=32", "--config.model.d_ff=64", "--config.model.head_dim=8",
-  "--config.train.seq_len=64", "--config.train.batch_size=4", "--config.train.warmup_steps=5",
+  "--config.train.seq_len=64", "--config.train.batch_size=4", "--config.data.lanes=4", "--config.train.warmup_steps=5",
   "--config.train.log_every=1", "--config.train.checkpoint_every=4", "--config.analysis.tokens=2000",
 ]  # fmt: skip
 

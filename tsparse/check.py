@@ -8,7 +8,7 @@ import ml_collections
 
 from tsparse import sharding
 from tsparse.convert.model import Model, open_model
-from tsparse.data import check_data, load_vocabulary, same_vocabulary
+from tsparse.data import check_data, data_settings, load_tokenizer, rows_per_lane, same_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.moe import ONLY_ON
@@ -89,6 +89,7 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
   for width in filter(None, widths):
     sharding.check_divisible(mesh, {"B": rows, **model.sizes, "F": width})
   sharding.check_divisible(mesh, {"B": config.analysis.batch_size})
+  rows_per_lane(settings.batch_size, data_settings(config.data).lanes)
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
   target = prepare(config, mesh).target
@@ -121,7 +122,7 @@ def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfi
       f"config.init {init.path} holds another architecture: {', '.join(changed)}. Set config.model to the checkpoint's."
     )
   theirs, ours = init.vocabulary, config.data.vocabulary
-  if not same_vocabulary(load_vocabulary(theirs), load_vocabulary(ours)):
+  if not same_tokenizer(load_tokenizer(theirs), load_tokenizer(ours)):
     raise UserError(
       f"config.init {init.path} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: "
       "token ids would mean other things; use the checkpoint's."

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from tsparse.analysis.report import print_table, write_report
 from tsparse.analysis.run import Case, analyze_cases
 from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
-from tsparse.data import EvaluationSet, evaluation_batches
+from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, evaluation_batches, evaluation_by_source
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.progress import warn
-from tsparse.train import resume
+from tsparse.train import checkpoint, resume
 from tsparse.train.loop import train
 
 
@@ -53,26 +54,30 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
       except UserError as error:
         raise UserError(f"config.base: {error}" if stage is base else str(error)) from None
       workdirs.check_free(folder, stage)
+    mixture = describe(data_settings(config.data))
+  if mixture:
+    console.print(f"data  {mixture}", highlight=False, soft_wrap=True)
 
   seconds = {}
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as claims:
     for stage, folder, *_ in stages:
       hosts.on_main(functools.partial(claims.enter_context, workdirs.claim(folder, stage)))
-    held_out = evaluation_batches(
-      config.data,
-      seq_len=config.train.seq_len,
-      batch_size=config.analysis.batch_size,
-      max_tokens=config.analysis.tokens,
-    )
+    sizes = {
+      "seq_len": config.train.seq_len,
+      "batch_size": config.analysis.batch_size,
+      "max_tokens": config.analysis.tokens,
+    }
+    held_out, by_source = evaluation_batches(config.data, **sizes), evaluation_by_source(config.data, **sizes)
     for stage, folder, start, title in stages:
       began = time.monotonic()
       quick = held_out.batches[: stage.train.eval_batches]
+      quick_by_source = {name: each.batches[:1] for name, each in by_source.items()}
       restore = functools.partial(restore_init, start, folder, console) if start else None
-      train(stage, folder, mesh, quick, console, title, restore)
+      train(stage, folder, mesh, quick, console, title, restore, quick_by_source)
       seconds[title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
-    analysis = analyze_stages(config, workdir, init, mesh, held_out, console)
+    analysis = analyze_stages(config, workdir, init, mesh, held_out, by_source, console)
     seconds["analysis"] = round(time.monotonic() - began, 1)
 
     facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
@@ -128,6 +133,7 @@ def analyze_stages(
   init: Path | None,
   mesh: jax.sharding.Mesh,
   held_out: EvaluationSet,
+  by_source: Mapping[str, EvaluationSet],
   console: Console,
 ) -> dict[str, Any]:
   """analysis.json of an experiment: the base, the base with its activation swapped, and the model as trained."""
@@ -143,12 +149,13 @@ def analyze_stages(
     name = "recovered" if before != model.activation else "trained"
     cases.append((name, open_model(workdir), model.activation, config.analysis.levels))
 
-  text = f"{config.data.validation or config.data.train} (held out)"
-  return analyze_cases(
+  text = f"{config.data.validation or config.data.mixture or config.data.train} (held out)"
+  analysis = analyze_cases(
     [
-      Case(name, stored, dataclasses.replace(model, activation=activation(act).name), held_out, text, levels)
+      Case(name, stored, dataclasses.replace(model, activation=activation(act).name), held_out, text, levels, by_source)
       for name, stored, act, levels in cases
     ],
     mesh,
     console,
   )
+  return analysis | {"sources": accounts_at(checkpoint.data_position(workdir))}

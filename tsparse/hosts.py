@@ -1,7 +1,7 @@
 """Several hosts (processes) that train one model: who they are, what one does for all, what they agree on.
 
-Every host runs the same program on the same data; the devices of all of them make up one mesh. The first host alone
-writes and speaks. With one host everything here is free.
+Every host runs the same program and reads the part of the data that its devices need; the devices of all of them make
+up one mesh. The first host alone writes and speaks. With one host everything here is free.
 """
 
 import functools
@@ -72,6 +72,22 @@ def is_main() -> bool:
 def any_host(flag: bool) -> bool:
   """Whether `flag` is true on any host; waits for all of them."""
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any()) if several() else flag
+
+
+def gather(mine: bytes) -> list[bytes]:
+  """The bytes of every host, in order; waits for all of them."""
+  if not several():
+    return [mine]
+  sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+  everyone = multihost_utils.process_allgather(padded)
+  return [row[:size].tobytes() for row, size in zip(everyone, sizes, strict=True)]
+
+
+def whole(tree: Any) -> Any:
+  """The whole of arrays that are split over the devices of all hosts, as numpy arrays on each; waits for all."""
+  return multihost_utils.process_allgather(tree, tiled=True) if several() else jax.tree.map(np.asarray, tree)
 
 
 def on_main(work: Callable[[], Any]):

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tsparse import files, sharding
 from tsparse.check import check_sections, check_step
+from tsparse.data.packing import KEYS
 from tsparse.errors import RunFailure, UserError
 from tsparse.models.config import model_config, parameter_counts
 from tsparse.models.flops import FLOPS_DEFINITION, training_flops
@@ -49,7 +50,7 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
   run = prepare(config, mesh)
   shape = config.train.batch_size, config.train.seq_len
   row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, sharding.spec("BT")))
-  batch = {name: row for name in ("inputs", "targets", "segment_ids", "positions")}
+  batch = {name: row for name in KEYS}
   start = time.monotonic()
   with jax.set_mesh(mesh):
     lowered = compiled_step(run, config).lower(run.target, batch)

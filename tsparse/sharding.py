@@ -111,12 +111,18 @@ def shardings(mesh: jax.sharding.Mesh, logical: Any) -> Any:
 
 
 def place(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """A batch [B, T], the same on every host, on the devices, its rows split over the data axes.
+  """A batch [B, T] on the devices, its rows split over the data axes.
 
-  Each host puts the rows of its own devices there, whichever the mesh gives them.
+  Each host puts the rows of its own devices there, whichever the mesh gives them, and need not have the others.
   """
   rows = NamedSharding(mesh, spec("BT"))
   return {name: jax.make_array_from_callback(x.shape, rows, x.__getitem__) for name, x in batch.items()}
+
+
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+  """The rows of a batch [B, T] that `place` puts on devices of this host."""
+  rows = NamedSharding(mesh, spec("B")).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (part,) in rows.values() for row in range(*part.indices(batch_size))})
 
 
 def shard_count(mesh: jax.sharding.Mesh, letter: str) -> int:

@@ -27,9 +27,9 @@ def jsonl(tmp_path) -> str:
   return str(path)
 
 
-def settings(train, validation="", vocabulary="bytes", eos=True):
-  fields = {"train": str(train), "validation": str(validation), "vocabulary": vocabulary, "eos": eos}
-  return ml_collections.ConfigDict(fields)
+def settings(train, validation="", vocabulary="bytes", eos=True, lanes=1, **others):
+  fields = {"train": str(train), "validation": str(validation), "vocabulary": vocabulary, "eos": eos, "lanes": lanes}
+  return ml_collections.ConfigDict(fields | others)
 
 
 def documents_of(batches):

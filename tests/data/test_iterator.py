@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import documents_of, settings
-from tsparse.data import check_data, evaluation_batches, train_iterator
+from tsparse.data import accounts_at, check_data, evaluation_batches, merge_positions, train_iterator
 from tsparse.data.sources import held_out_splits, read_documents
 from tsparse.errors import UserError
 
@@ -27,7 +27,7 @@ def same(a, b):
 def test_batches_are_packed_int32_and_deterministic(jsonl):
   data = settings(jsonl)
   first = take(train(data), 20)
-  assert first[0].keys() == {"inputs", "targets", "segment_ids", "positions"}
+  assert first[0].keys() == {"inputs", "targets", "segment_ids", "positions", "loss_mask"}
   assert all(v.shape == (4, 32) and v.dtype == np.int32 for v in first[0].values())
   assert same(first, take(train(data), 20))
   assert not same(first, take(train(data, seed=2), 20))
@@ -42,30 +42,66 @@ def test_every_epoch_holds_every_training_document_once_in_another_order(jsonl):
   assert got[:n] != got[n : 2 * n]
 
 
-def test_the_shards_of_two_hosts_are_disjoint_and_cover_the_data(jsonl):
+def test_lanes_are_disjoint_and_cover_the_data(jsonl):
   documents = held_out_splits(read_documents(jsonl))["train"]
-  expected = [documents.read(i) for i in range(len(documents))]
-  half = len(expected) // 2
-  got = []
-  for host in range(2):
-    it = train(settings(jsonl), host=host, num_hosts=2)
-    batches = take(it, 150)
-    assert batches[0]["targets"].shape == (2, 32)
-    got += documents_of(batches)[: half + (host == 0 and len(expected) % 2)]
-  assert Counter(got) == Counter(expected)
+  expected = Counter(documents.read(i) for i in range(len(documents)))
+  batches = take(train(settings(jsonl, lanes=4)), 300)
+  drawn = [documents_of([{k: v[lane : lane + 1] for k, v in b.items()} for b in batches]) for lane in range(4)]
+  for epoch in range(3):  # documents n epoch .. n epoch + n - 1 of the one sequence that the lanes share
+    places = range(epoch * len(documents), (epoch + 1) * len(documents))
+    assert Counter(drawn[place % 4][place // 4] for place in places) == expected
+
+
+def test_more_lanes_than_documents_all_have_some(tmp_path):
+  (tmp_path / "two.jsonl").write_text('{"text": "first"}\n{"text": "again"}\n')
+  batch = next(train(settings(tmp_path / "two.jsonl", lanes=8), batch_size=8, seq_len=12))
+  documents = [documents_of([{k: v[row : row + 1] for k, v in batch.items()}])[0] for row in range(8)]
+  assert Counter(documents) == {b"first": 4, b"again": 4}
+
+
+@pytest.mark.parametrize(
+  "parts", [[[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 2, 3], [2, 3, 4, 5, 6, 7]], [[0], [*range(1, 8)]]]
+)
+def test_hosts_make_the_rows_of_one_and_go_on_with_each_others_positions(jsonl, parts):
+  """Whatever rows each host has, lanes shared by hosts included."""
+  data = settings(jsonl, lanes=4)
+  alone = train(data, batch_size=8)
+  hosts = [train(data, batch_size=8, rows=rows) for rows in parts]
+  for _ in range(40):
+    expected = next(alone)
+    for host, rows in zip(hosts, parts, strict=True):
+      batch = next(host)
+      assert all((batch[key][rows] == expected[key][rows]).all() for key in batch)
+  assert hosts[0].lanes == sorted({row // 2 for row in parts[0]})
+  position = merge_positions([host.state() for host in hosts])
+  assert accounts_at(position) == accounts_at(alone.state())
+  expected = take(alone, 5)
+  whole = train(data, batch_size=8)
+  whole.restore(position)
+  assert same(take(whole, 5), expected)
+  split = train(data, batch_size=8, rows=[4, 5])
+  split.restore(position)
+  assert all(
+    (split_batch["targets"][4:6] == e["targets"][4:6]).all() for split_batch, e in zip(split, expected, strict=False)
+  )
+  if len(hosts[0].lanes) < 4:
+    with pytest.raises(UserError, match="of 4 lanes and this host reads lanes"):
+      train(data, batch_size=8).restore(hosts[0].state())
+
+
+def test_a_batch_that_its_lanes_do_not_divide_is_refused(jsonl):
+  with pytest.raises(UserError, match=r"12 rows .* 8 lanes .*lanes=6 or --config.train.batch_size=16"):
+    train(settings(jsonl, lanes=8), batch_size=12)
 
 
 CONTINUE = """
 import sys, numpy as np, tsparse.data, ml_collections
-assert not {"tensorflow", "seqio", "jax"} & set(sys.modules)
 train, state, out = sys.argv[1:]
-from tsparse.data.tensorflow import load_tensorflow
-tf = load_tensorflow()[1]
-tf.config.threading.set_inter_op_parallelism_threads(3)
-data = ml_collections.ConfigDict({"train": train, "validation": "", "vocabulary": "bytes", "eos": True})
+data = ml_collections.ConfigDict({"train": train, "lanes": 1})
 it = tsparse.data.train_iterator(data, seq_len=32, batch_size=4, seed=1)
 it.restore(open(state, "rb").read())
 np.save(out, [next(it)["targets"] for _ in range(200)])
+assert not {"tensorflow", "seqio", "jax", "pyarrow", "zstandard"} & set(sys.modules)
 """
 
 
@@ -80,7 +116,7 @@ def test_a_saved_position_continues_bit_for_bit_in_another_process(jsonl, tmp_pa
   assert same(take(again, 200), expected)
   command = [sys.executable, "-c", CONTINUE, jsonl, str(tmp_path / "state"), str(tmp_path / "out.npy")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-  assert (done.returncode, done.stderr) == (0, "")  # TensorFlow is silent, and the process ends
+  assert (done.returncode, done.stderr) == (0, "")
   np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), [b["targets"] for b in expected])
 
 
@@ -91,7 +127,8 @@ def test_a_position_of_another_run_is_refused(jsonl, tmp_path):
   for changed, key in (
     (train(settings(jsonl), seq_len=16), "seq_len was 32 and is 16"),
     (train(settings(jsonl), seed=5), "seed was 1 and is 5"),
-    (train(settings(jsonl), num_hosts=2), "host was 0 of 1 and is 0 of 2"),
+    (train(settings(jsonl, lanes=2)), "lanes was 1 and is 2"),
+    (train(settings(jsonl, eos=False)), "data.eos was True and is False"),
     (train(settings(other)), "data.train was"),
   ):
     with pytest.raises(UserError, match=key):

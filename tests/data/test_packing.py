@@ -1,7 +1,9 @@
+import json
+
 import numpy as np
 import pytest
 
-from tsparse.data.packing import Packer, stack_rows
+from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
 
 BOS = 7
 
@@ -12,7 +14,7 @@ def documents(seed=0, n=40):
 
 
 def pack(docs, seq_len, split):
-  packer, rows = Packer(iter(docs), seq_len, BOS, split_documents=split), []
+  packer, rows = Packer(map(Piece, docs), seq_len, BOS, split_documents=split), []
   while True:
     try:
       rows.append(packer.next_row())
@@ -40,7 +42,7 @@ def oracle(docs, seq_len, split):
 def test_rows_match_an_oracle(split, seq_len):
   docs = documents(seq_len)
   rows = pack(docs, seq_len, split)
-  keys = ("inputs", "targets", "segment_ids", "positions")
+  keys = KEYS[:4]
   got = [list(zip(*(r[k].tolist() for k in keys), strict=True)) for r in rows]
   assert got == oracle(docs, seq_len, split)
   assert all(r[k].dtype == np.int32 and r[k].shape == (seq_len,) for r in rows for k in keys)
@@ -68,7 +70,7 @@ def test_evaluation_cuts_only_documents_longer_than_a_row():
 
 def test_a_restored_packer_continues():
   docs = documents()
-  stream = iter(docs)
+  stream = map(Piece, docs)
   packer = Packer(stream, 16, BOS, split_documents=True)
   for _ in range(5):
     packer.next_row()
@@ -83,3 +85,27 @@ def test_a_short_batch_is_filled_with_empty_rows():
   batch = stack_rows(pack(documents(), 24, False)[:2], 4)
   assert batch["targets"].shape == (4, 24)
   assert not batch["segment_ids"][2:].any()
+
+
+def test_the_next_piece_of_a_document_continues_it():
+  doc = np.arange(10, 40)
+  pieces = [Piece(doc[:12], ends=False), Piece(doc[12:], context=int(doc[11])), Piece(np.array([50, 51]))]
+  packer = Packer(iter(pieces), 16, BOS, split_documents=True)
+  rows = [packer.next_row() for _ in range(2)]
+  np.testing.assert_array_equal(np.concatenate([row["targets"] for row in rows]), [*doc, 50, 51])
+  np.testing.assert_array_equal(np.concatenate([row["inputs"] for row in rows]), [BOS, *doc[:-1], BOS, 50])
+  assert rows[0]["segment_ids"].tolist() == [1] * 12 + [2] * 4
+
+
+def test_what_is_not_scored_stays_so():
+  rng = np.random.default_rng(2)
+  docs = documents(2)
+  masks = [rng.integers(0, 2, len(doc)) for doc in docs]
+  packer = Packer(map(Piece, docs, masks), 24, BOS, split_documents=True)
+  rows = []
+  for _ in range(sum(map(len, docs)) // 24):
+    packer.restore(json.loads(json.dumps(packer.state())))
+    rows.append(packer.next_row())
+  got = np.concatenate([row["loss_mask"] for row in rows])
+  np.testing.assert_array_equal(got, np.concatenate(masks)[: len(got)])
+  assert all((row["segment_ids"] > 0).all() for row in rows)

@@ -50,10 +50,10 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
 def test_other_paths_that_hold_no_documents_are_errors(tmp_path):
   with pytest.raises(UserError, match="No such file"):
     read_documents(str(tmp_path / "missing.jsonl"))
-  with pytest.raises(UserError, match="holds no .jsonl or .txt file"):
+  with pytest.raises(UserError, match="holds no .jsonl, .txt"):
     read_documents(str(tmp_path))
   (tmp_path / "a.csv").write_text("a")
-  with pytest.raises(UserError, match="must end in .jsonl or .txt"):
+  with pytest.raises(UserError, match="must end in .jsonl, .txt, .jsonl.gz, .jsonl.zst or .parquet"):
     read_documents(str(tmp_path / "a.csv"))
 
 

@@ -18,8 +18,8 @@ from transformers.tokenization_utils_base import generate_merges
 from tests.conftest import ENVIRONMENT
 from tests.data.conftest import settings
 from tsparse.data import bos_id, load_vocabulary, same_vocabulary, train_iterator
+from tsparse.data.encoding import tokenizer_digest
 from tsparse.data.tensorflow import load_tensorflow
-from tsparse.data.vocabulary import vocabulary_digest
 from tsparse.errors import UserError
 
 transformers.logging.set_verbosity_error()
@@ -274,11 +274,11 @@ def test_tasks_with_a_tokenizer_json_end_in_eos_and_continue_where_they_were(tmp
 
 def test_the_digest_is_of_the_content_and_of_what_the_files_beside_it_say(mistral, tmp_path):
   shutil.copyfile(mistral, tmp_path / "copy.model")
-  assert vocabulary_digest(str(tmp_path / "copy.model")) == vocabulary_digest(mistral)
+  assert tokenizer_digest(str(tmp_path / "copy.model")) == tokenizer_digest(mistral)
   plain = load_vocabulary(str(tmp_path / "copy.model"))
   assert plain == load_vocabulary(mistral)
   write(tmp_path, added_tokens=IDS)
-  assert vocabulary_digest(str(tmp_path / "copy.model")) != vocabulary_digest(mistral)
+  assert tokenizer_digest(str(tmp_path / "copy.model")) != tokenizer_digest(mistral)
   assert not same_vocabulary(load_vocabulary(str(tmp_path / "copy.model")), plain)
   seqio, _ = load_tensorflow()
   assert same_vocabulary(seqio.SentencePieceVocabulary(mistral), plain)

@@ -1,13 +1,13 @@
 """The analysis of one model on one held-out text: a plain dict, as analysis.json stores it with stable keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from tsparse.analysis import masks
-from tsparse.data import EvaluationSet
+from tsparse.data import EvaluationSet, accounting
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation, evaluate
 from tsparse.models import counts
@@ -18,6 +18,7 @@ DEFINITIONS = {
   **perplexity.DEFINITIONS,
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
+  **accounting.DEFINITIONS,
   "activated": ACTIVATED_DEFINITION,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted",
@@ -35,6 +36,7 @@ def analyze(
   text: str,
   trained_tokens: int,
   levels: Sequence[float] = (),
+  by_source: Mapping[str, EvaluationSet] | None = None,
   progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
   """Loss, natural sparsity and the masked-perplexity curve of a model.
@@ -49,6 +51,7 @@ def analyze(
     text: what the held-out text is.
     trained_tokens: tokens it was trained on so far.
     levels: sparsities in [0, 1) of the curve; none leaves the curve empty.
+    by_source: held-out batches of each source of a mixture.
     progress: called with a line after each piece of work.
 
   Returns:
@@ -62,6 +65,11 @@ def analyze(
     masked = evaluate(model, params, data.batches, mesh, mask)  # the level is traced: one compilation for all
     curve.append({"sparsity": level, "loss": masked.loss, "perplexity": masked.perplexity})
     progress(f"{name}: {level:.0%} of the hidden masked")
+  sources = []
+  for each, held_out in (by_source or {}).items():
+    found = evaluate(model, params, held_out.batches, mesh)
+    quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
+    sources.append({"name": each, **quality, "tokens": found.tokens, "documents": held_out.documents})
   return {
     "name": name,
     "model": source,
@@ -76,6 +84,7 @@ def analyze(
     "perplexity": natural.perplexity,
     **hidden_statistics(natural),
     "curve": curve,
+    "sources": sources,
     "parameters": {
       "total": sum(parameter_counts(model.config).values()),
       "activated": activated_parameters(

@@ -112,9 +112,9 @@ def tables(analysis: dict) -> list[Table]:
       m["name"],
       m["activation"],
       _count(m.get("trained_tokens")),
-      "not finite" if m["loss"] is None else f"{m['loss']:.3f}",
+      _loss(m["loss"]),
       _perplexity(m["perplexity"]),
-      "not finite" if share is None else f"{share:.1%}",
+      _share(share),
       f"{_count(parameters.get('activated'), parameters.get('total'))} of {_count(parameters.get('total'))}",
     ])  # fmt: skip
   result = [Table("Quality and zeros, nothing masked", columns, rows, labels=2)]
@@ -129,6 +129,33 @@ def tables(analysis: dict) -> list[Table]:
       rows.append(row)
     columns = ["sparsity", *(heading for name in curves for heading in (name, "change"))]
     result.append(Table("Masked perplexity, by share of hidden entries set to zero per token", columns, rows, group=2))
+  return result + _source_tables(files.strict(analysis))
+
+
+def _source_tables(analysis: dict) -> list[Table]:
+  """Of a mixture: loss and zeros of every model on what each source holds out, and what was drawn from each."""
+  result = []
+  models = [m for m in analysis["models"] if m.get("sources")]
+  if models:
+    columns = ["source", *(f"{name} {what}" for name in (m["name"] for m in models) for what in ("loss", "zeros"))]
+    rows = []
+    for name in dict.fromkeys(source["name"] for m in models for source in m["sources"]):
+      row = [name]
+      for m in models:
+        found = next((source for source in m["sources"] if source["name"] == name), None)
+        row += [_loss(found["loss"]), _share(found["zero_fraction"])] if found else ["", ""]
+      rows.append(row)
+    result.append(Table("Held-out loss by source of the data, nats per token", columns, rows, group=2))
+  drawn = analysis.get("sources") or []
+  if len(drawn) > 1 or any(source["malformed"] for source in drawn):
+    columns = ["source", "category", "tokens drawn", "share", "target", "epochs", "lines skipped"]
+    rows = []
+    for source in drawn:
+      epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
+      skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
+      share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
+      rows.append([source["name"], source["category"], _count(source["tokens"]), share, target, epochs, skipped])
+    result.append(Table("What training drew from each source", columns, rows, labels=2))
   return result
 
 
@@ -185,6 +212,14 @@ def _count(n, scale=None) -> str:
     if max(n, scale or 0) >= unit:
       return f"{n / unit:.2f}{name}"
   return f"{n:,}"
+
+
+def _loss(value) -> str:
+  return "not finite" if value is None else f"{value:.3f}"
+
+
+def _share(value) -> str:
+  return "not finite" if value is None else f"{value:.1%}"
 
 
 def _perplexity(value) -> str:

@@ -3,9 +3,8 @@
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from tsparse import files, sharding, workdir
 from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
-from tsparse.data import EvaluationSet, evaluation_batches, load_vocabulary, same_vocabulary
+from tsparse.data import DataSettings, EvaluationSet, evaluation_batches, load_tokenizer, same_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, parameter_counts
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -36,6 +35,7 @@ class Case:
     data: batches to evaluate on, in its own vocabulary.
     text: what the report says of that text.
     levels: sparsities of the masked-perplexity curve.
+    by_source: the same as `data` for each source of a mixture.
   """
 
   name: str
@@ -44,6 +44,7 @@ class Case:
   data: EvaluationSet
   text: str
   levels: Sequence[float]
+  by_source: Mapping[str, EvaluationSet] = dataclasses.field(default_factory=dict)
 
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     text=case.text,
     trained_tokens=tokens,
     levels=case.levels,
+    by_source=case.by_source,
     progress=bar.advance,
   )
 
@@ -177,15 +179,15 @@ def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[Ev
   known: list[tuple[Any, EvaluationSet]] = []
   result = []
   for model in stored:
-    vocabulary = load_vocabulary(model.vocabulary)
-    if vocabulary.vocab_size > model.config.vocab_size:
+    vocabulary = load_tokenizer(model.vocabulary)
+    if vocabulary.size > model.config.vocab_size:
       raise UserError(
-        f"The vocabulary {model.vocabulary!r} of {model.path} has {vocabulary.vocab_size} ids and the model embeds "
+        f"The vocabulary {model.vocabulary!r} of {model.path} has {vocabulary.size} ids and the model embeds "
         f"{model.config.vocab_size}: it is not this model's; put the model's own tokenizer there."
       )
-    found = next((text for other, text in known if same_vocabulary(other, vocabulary)), None)
+    found = next((text for other, text in known if same_tokenizer(other, vocabulary)), None)
     if found is None:
-      source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary, eos=eos)
+      source = DataSettings(train="", validation=data, vocabulary=model.vocabulary, eos=eos)
       found = evaluation_batches(source, **settings)
       known.append((vocabulary, found))
     result.append(found)

@@ -1,20 +1,43 @@
 """Data: files, the standard library or seqio tasks in; packed int32 batches with a saved position out.
 
-TensorFlow and seqio are imported at the first use of a function, not by this package.
+TensorFlow and seqio are imported when a seqio task is first met, not by this package, and not for files.
 """
 
-from tsparse.data.iterator import EvaluationSet, TrainIterator, check_data, evaluation_batches, train_iterator
-from tsparse.data.packing import Packer
+from tsparse.data.accounting import account_metrics, accounts_at, merge_positions
+from tsparse.data.encoding import load_tokenizer, same_tokenizer
+from tsparse.data.iterator import (
+  EvaluationSet,
+  TrainIterator,
+  check_data,
+  evaluation_batches,
+  evaluation_by_source,
+  rows_per_lane,
+  train_iterator,
+)
+from tsparse.data.packing import Packer, Piece
+from tsparse.data.resolve import describe
+from tsparse.data.settings import DataSettings, data_settings
 from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 
 __all__ = [
+  "DataSettings",
   "EvaluationSet",
   "Packer",
+  "Piece",
   "TrainIterator",
+  "account_metrics",
+  "accounts_at",
   "bos_id",
   "check_data",
+  "data_settings",
+  "describe",
   "evaluation_batches",
+  "evaluation_by_source",
+  "load_tokenizer",
   "load_vocabulary",
+  "merge_positions",
+  "rows_per_lane",
+  "same_tokenizer",
   "same_vocabulary",
   "train_iterator",
 ]

@@ -2,93 +2,115 @@
 
 import contextlib
 import dataclasses
-import io
 import json
-import weakref
-import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from tsparse.data import tasks
-from tsparse.data.packing import Packer, stack_rows
-from tsparse.data.tensorflow import load_tensorflow, silent_stderr
-from tsparse.data.vocabulary import bos_id, load_vocabulary, vocabulary_digest
+from tsparse.data import resolve
+from tsparse.data.accounting import pack, unpack
+from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
+from tsparse.data.lanes import Lane, Mixer
+from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
+from tsparse.data.resolve import Source
+from tsparse.data.settings import DataSettings, data_settings
+from tsparse.data.streams import FileStream, Stream, TaskStream
 from tsparse.errors import UserError
 
 EVALUATION_SEED = 0  # one fixed order for ever: losses of different runs are on the same documents
+TASK_TOKENS = 1000.0  # of a document of a task: a guess, which only spreads the first documents of the lanes
 
 
-def check_data(data, model_vocab_size: int):
+def check_data(data: Any, model_vocab_size: int):
   """Finds all that can be wrong with the settings of the data before anything is trained.
 
   Args:
-    data: has `train`, `validation`, `vocabulary` and `eos` (`config.data`).
+    data: `config.data`, see `settings.DataSettings`.
     model_vocab_size: rows of the model's embedding.
 
   Raises:
-    UserError: unknown D, unreadable or malformed file, no validation documents, the same documents on both sides, a
-      vocabulary that cannot be loaded or is larger than the model's.
+    UserError: unknown or missing D, unreadable or malformed file, weights that make no sense, no validation documents,
+      the same documents on both sides, a vocabulary that cannot be loaded or is larger than the model's.
   """
-  size = load_vocabulary(data.vocabulary).vocab_size
+  data = data_settings(data)
+  size = load_tokenizer(data.vocabulary).size
   if size > model_vocab_size:
     raise UserError(
       f"The vocabulary {data.vocabulary!r} has {size} ids and the model embeds {model_vocab_size}; "
       f"set config.model's vocabulary size to at least {size} or name the model's own vocabulary."
     )
-  for name, split in (_training(data), _validation(data)):
-    tasks.check_split(name, split)
-    tasks.provider(name, data.vocabulary)
-  _check_disjoint(data)
+  if data.skip_bad < 0 or data.lanes < 1:
+    raise UserError(
+      f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
+    )
+  for source, _ in (*resolve.training(data), *resolve.validation(data)):
+    if not source.documents:
+      resolve.seqio_task(source, data.vocabulary)
+  resolve.check_disjoint(data)
+
+
+def rows_per_lane(batch_size: int, lanes: int) -> int:
+  """B / S; UserError where that is no whole number."""
+  if batch_size % lanes:
+    best = max(n for n in range(1, lanes + 1) if batch_size % n == 0)
+    raise UserError(
+      f"A batch of {batch_size} rows cannot be made by {lanes} lanes (config.data.lanes): set "
+      f"--config.data.lanes={best} or --config.train.batch_size={-(-batch_size // lanes) * lanes}."
+    )
+  return batch_size // lanes
 
 
 class TrainIterator:
-  """Endless training batches, dicts of int32 [B / num_hosts, T]: `inputs`, `targets`, `segment_ids`, `positions`.
+  """Endless training batches, dicts of int32 [B, T]: `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`.
 
-  Rows are full: see `tsparse.data.packing`. Documents are reshuffled each epoch by the seed.
+  Rows are full: see `tsparse.data.packing`. Only the lanes of `lanes` are read; the rows of the others are zeros.
   """
 
-  def __init__(self, documents: "_Documents", packer: Packer, rows: int, fingerprint: dict):
-    self._documents = documents
-    self._packer = packer
-    self._rows = rows
+  def __init__(self, lanes: dict[int, Lane], shape: tuple[int, int], rows: int, fingerprint: dict, sources: list[dict]):
+    self._lanes = lanes
+    self._shape = shape
+    self._rows = rows  # that a lane makes
     self._fingerprint = fingerprint
+    self._sources = sources
+    self._filled = self._places = 0
 
   def __iter__(self) -> "TrainIterator":
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    try:
-      return stack_rows([self._packer.next_row() for _ in range(self._rows)], self._rows)
-    except StopIteration:
-      raise UserError(
-        f"The training data {self._fingerprint['data.train']!r} gave no more documents; "
-        "its shard of this host is empty: use fewer hosts or more documents."
-      ) from None
+    batch = {key: np.zeros(self._shape, np.int32) for key in KEYS}
+    for number, lane in self._lanes.items():
+      for place in range(number * self._rows, (number + 1) * self._rows):
+        for key, values in lane.next_row().items():
+          batch[key][place] = values
+        self._filled += int(np.count_nonzero(batch["segment_ids"][place]))
+        self._places += self._shape[1]
+    return batch
+
+  @property
+  def lanes(self) -> list[int]:
+    """The lanes that are read here."""
+    return list(self._lanes)
 
   def state(self) -> bytes:
-    """The position of this host: `restore` of it continues bit for bit, in any process."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-      buffer,
-      fingerprint=np.frombuffer(json.dumps(self._fingerprint).encode(), np.uint8),
-      packer=self._packer.state(),
-      documents=np.frombuffer(self._documents.state(), np.uint8),
-    )
-    return buffer.getvalue()
+    """The position of the lanes that are read here (`accounting.merge_positions` joins those of all hosts).
+
+    `restore` of it continues bit for bit, in any process.
+    """
+    lanes = {str(number): lane.state() | {"taken": _taken(lane)} for number, lane in self._lanes.items()}
+    return pack({"fingerprint": self._fingerprint, "sources": self._sources, "lanes": lanes})
 
   def restore(self, state: bytes):
-    """Continues from `state()` of an iterator made with the same arguments.
+    """Continues from the position of an iterator that was made with the same arguments, but for `rows`.
 
     Raises:
-      UserError: the state is not one, or belongs to other data or settings.
+      UserError: the state is not one, belongs to other data or settings, or lacks lanes that are read here.
     """
-    try:
-      with np.load(io.BytesIO(state)) as saved:
-        fingerprint = json.loads(saved["fingerprint"].tobytes())
-        packer, documents = saved["packer"], saved["documents"].tobytes()
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e:
-      raise UserError(f"The saved data position cannot be read ({e}); start afresh or restore another step.") from e
+    with _readable():
+      saved = unpack(state)
+      fingerprint, lanes = saved["fingerprint"], saved["lanes"]
     changed = [
       f"{key} was {fingerprint.get(key)} and is {value}"
       for key, value in self._fingerprint.items()
@@ -99,59 +121,123 @@ class TrainIterator:
         f"The saved data position belongs to another run: {'; '.join(changed)}; "
         "use the settings it was saved with, or start in a new workdir."
       )
-    self._documents.restore(documents)
-    self._packer.restore(packer)
+    missing = [number for number in self._lanes if str(number) not in lanes]
+    if missing:
+      raise UserError(
+        f"The saved data position has {len(lanes)} of {self._fingerprint['lanes']} lanes and this host reads lanes "
+        f"{missing}, which are not among them: use as many hosts as it was saved by, or restore a whole checkpoint."
+      )
+    with _readable():
+      for number, lane in self._lanes.items():
+        lane.restore(lanes[str(number)])
+
+  def tally(self) -> bytes:
+    """What was drawn so far by the lanes that are read here, for `accounting.account_metrics`."""
+    lanes = {n: {"drawn": lane.mixer.drawn.tolist(), "taken": _taken(lane)} for n, lane in self._lanes.items()}
+    facts = {"sources": self._sources, "lanes": lanes, "filled": self._filled, "places": self._places}
+    return json.dumps(facts).encode()
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+  try:
+    yield
+  except (ValueError, KeyError, TypeError, zlib.error) as e:  # of another version, or damaged
+    raise UserError(f"The saved data position cannot be read ({e}); start afresh or restore another step.") from e
+
+
+def _taken(lane: Lane) -> list[int]:
+  return [stream.taken for stream in lane.mixer.streams]
 
 
 def train_iterator(
-  data, *, seq_len: int, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
+  data: Any, *, seq_len: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ) -> TrainIterator:
   """Endless batches of the training documents of `data`.
 
   Args:
-    data: has `train`, `validation`, `vocabulary` and `eos` (`config.data`).
+    data: `config.data`, see `settings.DataSettings`.
     seq_len: T, tokens per row.
-    batch_size: B, rows of a batch of all hosts together.
+    batch_size: B, rows of a batch.
     seed: of the order of the documents.
-    host: which shard of the documents to give, of `num_hosts`.
-    num_hosts: how many shards there are; in each epoch they are disjoint and together complete.
+    rows: the rows that this host needs; None for all. Only the lanes that make them are read.
 
   Raises:
-    UserError: as `check_data`, or B does not divide by the hosts.
+    UserError: as `check_data`, or B does not divide by the lanes.
   """
-  if batch_size % num_hosts:
-    raise UserError(
-      f"A batch of {batch_size} rows does not divide by {num_hosts} hosts; use a multiple of {num_hosts}."
-    )
-  name, split = _training(data)
-  tasks.check_split(name, split)
-  _check_disjoint(data)
-  own = tasks.own_documents(name)
+  data = data_settings(data)
+  each = rows_per_lane(batch_size, data.lanes)
+  chosen = resolve.training(data)
+  resolve.check_disjoint(data)
   fingerprint = {
-    "data.train": name if own is None else ", ".join(splits[split].fingerprint() for splits in own.values()),
-    "data.vocabulary": vocabulary_digest(data.vocabulary),
+    "data.vocabulary": tokenizer_digest(data.vocabulary),
     "data.eos": data.eos,
+    "lanes": data.lanes,
     "seq_len": seq_len,
     "batch_size": batch_size,
     "seed": seed,
-    "host": f"{host} of {num_hosts}",
   }
-  documents = _Documents(name, split, data, seed=seed, epochs=None, host=host, num_hosts=num_hosts)
-  packer = Packer(documents, seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=True)
-  return TrainIterator(documents, packer, batch_size // num_hosts, fingerprint)
+  for source, split in chosen:
+    key = "data.train" if len(chosen) == 1 else f"source {source.name}"
+    content = source.documents[split].fingerprint() if source.documents else source.task or source.tfds[0]
+    fingerprint[key] = content if len(chosen) == 1 else f"{source.weight:.9g} of {content}"
+  bos = load_tokenizer(data.vocabulary).bos
+  lanes = {}
+  for number in sorted({row // each for row in (range(batch_size) if rows is None else rows)}):
+    lanes[number] = Lane(_mixer(chosen, data, seq_len, seed, number, data.lanes), seq_len, bos)
+  facts = [_facts(source, split) for source, split in chosen]
+  return TrainIterator(lanes, (batch_size, seq_len), each, fingerprint, facts)
+
+
+def _facts(source: Source, split: str) -> dict[str, Any]:
+  documents = source.documents.get(split)
+  return {
+    "name": source.name,
+    "category": source.category,
+    "target": source.weight,
+    "documents": None if documents is None else len(documents),
+    "skipped": 0 if documents is None else documents.skipped,
+    "bad": 0 if documents is None else documents.bad,
+  }
+
+
+def _mixer(
+  chosen: Sequence[tuple[Source, str]],
+  data: DataSettings,
+  seq_len: int,
+  seed: int,
+  lane: int,
+  lanes: int,
+  epochs: int | None = None,
+) -> Mixer:
+  tokenizer = load_tokenizer(data.vocabulary)
+  encoder = make_encoder(tokenizer, data.eos, seq_len)
+  streams: list[Stream] = []
+  lengths = []
+  for number, (source, split) in enumerate(chosen):
+    if source.documents:
+      documents = source.documents[split]
+      streams.append(FileStream(documents, encoder, (seed, number), lane, lanes, epochs))
+      bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
+      lengths.append(min(documents.length.mean(), encoder.size) / bytes_per_token)
+    else:
+      task = resolve.seqio_task(source, data.vocabulary)
+      streams.append(TaskStream(task, split, None if data.eos else tokenizer.eos, seed, lane, lanes, epochs))
+      lengths.append(TASK_TOKENS)
+  return Mixer(streams, [source.weight for source, _ in chosen], lengths, (seed, lane))
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-  """Batches to evaluate on; a target counts where `segment_ids` > 0.
+  """Batches to evaluate on; a target counts where `loss_mask` is 1.
 
   Attributes:
-    batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, all of one shape.
+    batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape.
     documents: how many documents they hold.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target.
     split: of the data they are; "all" for a file or folder that is not split.
     complete: whether they are all of the split; if not, the limit of tokens was reached.
-    vocabulary: whose ids they are, as `load_vocabulary` takes it.
+    vocabulary: whose ids they are, as `load_tokenizer` takes it.
     eos: whether documents end with an end-of-text token.
   """
 
@@ -169,32 +255,62 @@ class EvaluationSet:
     return 1 - self.tokens / sum(batch["targets"].size for batch in self.batches)
 
 
-def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) -> EvaluationSet:
+def evaluation_batches(data: Any, *, seq_len: int, batch_size: int, max_tokens: int) -> EvaluationSet:
   """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold.
 
-  If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. The same on every host.
+  If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. Sources of a mixture
+  are drawn by their weights, until there are no more. The same on every host.
 
   Raises:
     UserError: as `check_data`.
   """
-  name, split = _validation(data)
-  tasks.check_split(name, split)
-  _check_disjoint(data)
-  chosen, tokens, complete = [], 0, True
-  for document in _Documents(name, split, data, seed=EVALUATION_SEED, epochs=1):
-    complete = tokens + len(document) <= max_tokens
-    if not complete and chosen:
+  data = data_settings(data)
+  resolve.check_disjoint(data)
+  return _evaluation_set(resolve.validation(data), data, seq_len, batch_size, max_tokens)
+
+
+def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens: int) -> dict[str, EvaluationSet]:
+  """`evaluation_batches` of each source of a mixture by itself, of `max_tokens` together; {} for a single source."""
+  data = data_settings(data)
+  chosen = resolve.validation(data)
+  if len(chosen) == 1:
+    return {}
+  share = max(1, max_tokens // len(chosen))
+  return {source.name: _evaluation_set([(source, s)], data, seq_len, batch_size, share) for source, s in chosen}
+
+
+def _evaluation_set(
+  chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int
+) -> EvaluationSet:
+  documents, tokens, complete = [], 0, True
+  for tokens_of, mask in _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens):
+    complete = tokens + len(tokens_of) <= max_tokens
+    if not complete and documents:
       break
-    chosen.append(document[:max_tokens])
-    tokens += len(chosen[-1])
+    documents.append(Piece(tokens_of[:max_tokens], mask[:max_tokens]))
+    tokens += len(documents[-1].tokens)
     if not complete:
       break
+  split = chosen[0][1]
   if not tokens:
-    raise UserError(f"The validation data {name!r} has no text in split {split!r}; set data.validation to another.")
-  packer = Packer(iter(chosen), seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=False)
+    raise UserError(
+      f"The validation data {chosen[0][0].name!r} has no text in split {split!r}; set data.validation to another."
+    )
+  packer = Packer(iter(documents), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
   rows = list(_rows(packer))
   batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  return EvaluationSet(batches, len(chosen), tokens, split, complete, data.vocabulary, data.eos)
+  return EvaluationSet(batches, len(documents), tokens, split, complete, data.vocabulary, data.eos)
+
+
+def _whole_documents(mixer: Mixer, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """(tokens, mask) of each document; of one that is longer than `limit` tokens, of more than that many."""
+  pieces = [[] for _ in mixer.streams]  # of the documents that are not whole yet
+  for stream, piece in mixer:
+    parts = pieces[stream]
+    parts.append((piece.tokens, np.ones(len(piece.tokens), np.int32) if piece.mask is None else piece.mask))
+    if piece.ends or sum(len(tokens) for tokens, _ in parts) > limit:
+      yield tuple(np.concatenate(each) for each in zip(*parts, strict=True))
+      parts.clear()
 
 
 def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:
@@ -203,72 +319,3 @@ def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:
       yield packer.next_row()
     except StopIteration:
       return
-
-
-class _Documents:
-  """Iterates over the tokens, int32 [n], of the documents of a split; the last is EOS if `data.eos`."""
-
-  def __init__(self, name, split, data, *, seed, epochs, host=0, num_hosts=1):
-    seqio, tf = load_tensorflow()
-    dataset = tasks.provider(name, data.vocabulary).get_dataset(
-      sequence_length=None,  # nothing is trimmed
-      split=split,
-      shuffle=True,
-      seed=seed,
-      shard_info=seqio.ShardInfo(host, num_hosts),
-      num_epochs=epochs,
-      try_in_mem_cache=False,  # the cache would be in every saved state, and would freeze the order of the first epoch
-    )
-    options = tf.data.Options()
-    options.deterministic = True
-    # A list, so that it can be emptied at exit, before the interpreter is torn down: tf.data's threads may then be
-    # waiting to call our Python reader, and the iterator's destructor would wait for them for ever.
-    self._iterator = [dataset.with_options(options).as_numpy_iterator()]
-    weakref.finalize(self, self._iterator.clear)
-    self._started = False
-    self._without = None if data.eos else load_vocabulary(data.vocabulary).eos_id
-
-  def __iter__(self):
-    return self
-
-  def __next__(self) -> np.ndarray:
-    # SentencePiece's TensorFlow kernel writes a notice when it first runs, and cannot be told not to.
-    with contextlib.nullcontext() if self._started else silent_stderr():
-      self._started = True
-      while True:
-        document = next(self._iterator[0])["targets"]
-        if self._without is None:
-          return document
-        if len(document) and document[-1] == self._without:
-          document = document[:-1]
-        if len(document):
-          return document
-
-  def state(self) -> bytes:
-    state = self._iterator[0].save()
-    return state.numpy() if hasattr(state, "numpy") else state
-
-  def restore(self, state: bytes):
-    with silent_stderr():  # the kernels may run from here on
-      self._iterator[0].restore(state)
-
-
-def _training(data) -> tuple[str, str]:
-  """(D, split) to train on: all of a file or folder where validation has its own."""
-  own = tasks.own_documents(data.train)
-  return data.train, "all" if own is not None and data.validation and "files" in own else "train"
-
-
-def _validation(data) -> tuple[str, str]:
-  own = tasks.own_documents(data.validation) if data.validation else None
-  return data.validation or data.train, "all" if own is not None and "files" in own else "validation"
-
-
-def _check_disjoint(data):
-  train, validation = (tasks.own_documents(name) or {} if name else {} for name in (data.train, data.validation))
-  files = "files" in train and "files" in validation
-  if files and np.isin(validation["files"]["all"].crc, train["files"]["all"].crc).all():
-    raise UserError(
-      f"Every document of data.validation {data.validation} is in data.train too; name other files, "
-      "or leave data.validation empty to hold out one document in 20."
-    )

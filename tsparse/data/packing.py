@@ -3,46 +3,61 @@
 A document's tokens t_1 .. t_n (EOS last) are the targets and BOS, t_1 .. t_{n-1} the inputs: each is predicted once.
 """
 
+import base64
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-KEYS = ("inputs", "targets", "segment_ids", "positions")
+KEYS = ("inputs", "targets", "segment_ids", "positions", "loss_mask")
+
+
+class Piece(NamedTuple):
+  """Tokens of a document: all, or the next of one that is too long to be encoded at once (`encoding.Encoder`).
+
+  Attributes:
+    tokens: int32 [n], the targets.
+    mask: int32 [n], 1 where the target counts in the loss; None where all do.
+    context: the token before them in their document; None at its beginning, where it is BOS.
+    ends: whether they are the last of their document.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray | None = None
+  context: int | None = None
+  ends: bool = True
 
 
 class Packer:
   """Lays documents end to end and cuts them into rows.
 
   With `split_documents` (training) a document that the row's end cuts goes on in the next row, as a new segment whose
-  first input is its true previous token: no token is lost and no place is empty. Without (evaluation), a document that
+  first input is its true previous token: no token is lost and no place is empty. So does the next piece of a document
+  that comes in pieces. Without (evaluation), a document that
   does not fit the rest of a row starts the next one; only a document longer than a row is cut, into whole rows.
   """
 
-  def __init__(self, documents: Iterator[np.ndarray], seq_len: int, bos: int, *, split_documents: bool):
-    self._documents = documents
+  def __init__(self, pieces: Iterator[Piece], seq_len: int, bos: int, *, split_documents: bool):
+    self._pieces = pieces
     self._seq_len = seq_len
     self._bos = bos
     self._split_documents = split_documents
-    self._pending = np.zeros([0], np.int32)  # one token of context, then the tokens still to be predicted
+    self._pending = np.array([bos], np.int32)  # one token of context, then the tokens still to be predicted
+    self._mask = np.zeros([0], np.int32)  # of the latter
 
   def next_row(self) -> dict[str, np.ndarray]:
-    """The next row, int32 [T] each: `inputs`, `targets`, `segment_ids`, `positions`.
+    """The next row, int32 [T] each: `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`.
 
-    Segments count from 1 in each row, 0 is padding; positions count from 0 in each segment.
+    Segments count from 1 in each row, 0 is padding; positions count from 0 in each segment; the mask is 1 where the
+    target counts in the loss.
 
     Raises:
       StopIteration: all documents are packed.
     """
     row = {key: np.zeros([self._seq_len], np.int32) for key in KEYS}
     filled = segment = 0
-    while filled < self._seq_len:
-      if len(self._pending) < 2:
-        tokens = next(self._documents, None)
-        if tokens is None:
-          break
-        self._pending = np.concatenate([[self._bos], tokens]).astype(np.int32)
-        continue
-      left, room = len(self._pending) - 1, self._seq_len - filled
+    while filled < self._seq_len and self._fill():
+      left, room = len(self._mask), self._seq_len - filled
       if not self._split_documents and filled and left > room:
         break
       size, segment = min(left, room), segment + 1
@@ -51,19 +66,41 @@ class Packer:
       row["targets"][place] = self._pending[1 : size + 1]
       row["segment_ids"][place] = segment
       row["positions"][place] = np.arange(size)
-      self._pending = self._pending[size:]
+      row["loss_mask"][place] = self._mask[:size]
+      self._pending, self._mask = self._pending[size:], self._mask[size:]
       filled += size
     if not filled:
       raise StopIteration
     return row
 
-  def state(self) -> np.ndarray:
-    """int32 [tokens still to be predicted of the current document + 1], or [0] or [1] between documents."""
-    return self._pending.copy()
+  def _fill(self) -> bool:
+    """Has something pending; False after the last document."""
+    while not len(self._mask):
+      piece = next(self._pieces, None)
+      if piece is None:
+        return False
+      context = self._bos if piece.context is None else piece.context
+      self._pending = np.concatenate([[context], piece.tokens]).astype(np.int32)
+      self._mask = np.ones(len(piece.tokens), np.int32) if piece.mask is None else np.asarray(piece.mask, np.int32)
+    return True
 
-  def restore(self, state: np.ndarray):
-    """Continues from `state`; the documents must continue from where they were then."""
-    self._pending = np.asarray(state, np.int32)
+  def state(self) -> dict[str, Any]:
+    """What is still to be predicted of the current document, as JSON."""
+    mask = None if self._mask.all() else _text(self._mask)
+    return {"pending": _text(self._pending), "mask": mask}
+
+  def restore(self, state: dict[str, Any]):
+    """Continues from `state`; the pieces must continue from where they were then."""
+    self._pending = _array(state["pending"])
+    self._mask = np.ones(len(self._pending) - 1, np.int32) if state["mask"] is None else _array(state["mask"])
+
+
+def _text(x: np.ndarray) -> str:
+  return base64.b64encode(x.astype("<i4").tobytes()).decode()
+
+
+def _array(text: str) -> np.ndarray:
+  return np.frombuffer(base64.b64decode(text), "<i4").astype(np.int32)
 
 
 def stack_rows(rows: list[dict[str, np.ndarray]], batch_size: int) -> dict[str, np.ndarray]:

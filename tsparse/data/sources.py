@@ -1,24 +1,49 @@
 """Documents in files: an index of byte offsets made in one validating pass, then random access by number.
 
-A `.jsonl` file holds one document per line in the field `text`, a `.txt` file is one document, a folder is all such
-files under it. Only the index is in memory, so a file may be far larger than memory.
+A folder is all files under it that are of a known format (`formats`). `.jsonl` and `.txt` files are read where they
+lie, so only the index (24 bytes a document) is in memory, and the position in the data is a number. Compressed and
+columnar files, and files in a bucket, have no cheap access by number: the validating pass writes their texts, end to
+end, into one file of the cache folder, and says so. That costs their unpacked size on disk, once, and keeps one way of
+reading, one order and one position for all formats. The index of a large file is kept there too. Both belong to the
+file's size and modification time: a file that changes is read anew at the next start, and is an error while it is read.
 """
 
 import array
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from absl import logging
 
+from tsparse.data import formats
+from tsparse.data.cache import cache_folder, new_file
+from tsparse.data.settings import DataSettings
 from tsparse.errors import UserError
 
-SUFFIXES = (".jsonl", ".txt")
 VALIDATION_SHARE = 20  # one document in so many is held out, chosen by its text: copies of a document stay on one side
+VERSION = 1  # of what is kept in the cache
+KEPT_BYTES = 64 * 2**20  # of a file whose index is kept in the cache: it takes about a second to make
+ARRAYS = ("file", "offset", "length", "crc")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """A file as it is read.
+
+  Attributes:
+    path: where; of an unpacked file, its copy in the cache.
+    state: size and modification time in ns that it must have.
+    field: of each JSON line that holds the text; "" where the bytes are the text.
+  """
+
+  path: str
+  state: tuple[int, int]
+  field: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,36 +51,50 @@ class Documents:
   """An index of the documents of `files`; `n = len(self)`.
 
   Attributes:
-    files: paths of the files.
+    files: the files.
     file: int32 [n], which of `files` holds the document.
     offset: int64 [n], where its bytes begin.
     length: int64 [n], how many bytes it takes there (of JSON for a `.jsonl` file).
     crc: uint32 [n], crc32 of its text in UTF-8.
     skipped: how many blank lines and lines with an empty text were left out.
+    bad: how many malformed lines were left out (`skip_bad`).
   """
 
-  files: tuple[str, ...]
+  files: tuple[File, ...]
   file: np.ndarray
   offset: np.ndarray
   length: np.ndarray
   crc: np.ndarray
   skipped: int
+  bad: int = 0
 
   def __len__(self) -> int:
     return len(self.file)
 
   def read(self, index: int) -> bytes:
-    """The text of document `index` in UTF-8."""
-    path = self.files[self.file[index]]
-    with open(path, "rb") as f:
-      f.seek(self.offset[index])
-      data = f.read(self.length[index])
-    return json.loads(data)["text"].encode() if path.endswith(".jsonl") else data
+    """The text of document `index` in UTF-8.
+
+    Raises:
+      UserError: its file is gone or was changed since it was indexed.
+    """
+    file = self.files[self.file[index]]
+    try:
+      with open(file.path, "rb") as f:
+        state = _state(os.fstat(f.fileno()))
+        if state != file.state:
+          raise UserError(
+            f"{file.path} changed while it was being read: it had {file.state[0]} bytes and has {state[0]}, or was "
+            "written again; start again, and leave the data alone meanwhile."
+          )
+        f.seek(self.offset[index])
+        data = f.read(self.length[index])
+    except OSError as e:
+      raise UserError(f"Cannot read {file.path} any more: {e.strerror}; put it back and start again.") from e
+    return json.loads(data)[file.field].encode() if file.field else data
 
   def where(self, chosen: np.ndarray) -> "Documents":
     """The documents where `chosen`, bool [n], is true."""
-    arrays = {name: getattr(self, name)[chosen] for name in ("file", "offset", "length", "crc")}
-    return dataclasses.replace(self, **arrays)
+    return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in ARRAYS})
 
   def fingerprint(self) -> str:
     """Tells one collection of texts from another, wherever its files lie."""
@@ -71,99 +110,138 @@ def held_out_splits(documents: Documents) -> dict[str, Documents]:
   return splits
 
 
-def read_documents(path: str) -> Documents:
-  """Indexes a `.jsonl` or `.txt` file or a folder of them; every document is read and checked once.
+def read_documents(path: str, field: str = "text", skip_bad: int = 0, cache: str = "") -> Documents:
+  """Indexes a file or a folder of them, here or in a bucket; every document is read and checked once.
+
+  Args:
+    path: of the file or folder.
+    field: see `formats.read_items`.
+    skip_bad: so many malformed lines are left out and counted, over all files.
+    cache: see `cache.cache_folder`.
 
   Raises:
     UserError: naming the file (and line) that is missing, unreadable, empty or malformed.
   """
-  path = os.path.abspath(os.path.expanduser(path))
-  files = _files_under(path) if os.path.isdir(path) else [path]
+  if not formats.is_remote(path):
+    path = os.path.abspath(os.path.expanduser(path))
   try:
-    stats = [os.stat(file) for file in files]
+    files = _files_under(path) if formats.path_of(path).is_dir() else [path]
+    states = [_stat(file) for file in files]
   except OSError as e:
-    raise UserError(f"Cannot read {e.filename}: {e.strerror}; name a readable .jsonl or .txt file or folder.") from e
+    name = e.filename or path
+    raise UserError(f"Cannot read {name}: {e.strerror or e}; name a readable {formats.LISTED} file or folder.") from e
+  except ImportError as e:
+    raise UserError(f"Cannot read the bucket of {path} ({e}): install what that names, or copy the data here.") from e
   # A file rewritten by the same process (a notebook) has another key, so the index is never stale.
-  return _index(tuple(files), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+  return _documents(tuple(files), tuple(states), field, skip_bad, cache)
+
+
+def documents_of(path: str, data: DataSettings, field: str = "") -> Documents:
+  """`read_documents` as `config.data` says."""
+  return read_documents(path, field or data.text_field, data.skip_bad, data.cache)
+
+
+def _stat(file: str) -> tuple[int, int]:
+  if not formats.is_remote(file):
+    return _state(os.stat(file))
+  stat = formats.path_of(file).stat()
+  return stat.length, int(stat.mtime * 1e9)
+
+
+def _state(stat: os.stat_result) -> tuple[int, int]:
+  return stat.st_size, stat.st_mtime_ns
 
 
 def _files_under(folder: str) -> list[str]:
-  def fail(e: OSError):
-    raise UserError(f"Cannot read the folder {e.filename}: {e.strerror}; make it readable or name another.") from e
+  if formats.is_remote(folder):
+    found = [str(path) for path in formats.path_of(folder).glob("**/*")]
+  else:
 
-  found = sorted(
-    os.path.join(parent, name)
-    for parent, _, names in os.walk(folder, onerror=fail)
-    for name in names
-    if name.endswith(SUFFIXES)
-  )
+    def fail(e: OSError):
+      raise UserError(f"Cannot read the folder {e.filename}: {e.strerror}; make it readable or name another.") from e
+
+    walk = os.walk(folder, onerror=fail)
+    found = [os.path.join(parent, name) for parent, _, names in walk for name in names]
+  found = sorted(path for path in found if path.endswith(formats.SUFFIXES))
   if not found:
-    raise UserError(f"The folder {folder} holds no .jsonl or .txt file; name a folder that does.")
+    raise UserError(f"The folder {folder} holds no {formats.LISTED} file; name a folder that does.")
   return found
 
 
-@functools.lru_cache(maxsize=32)
-def _index(files: tuple[str, ...], _stats: tuple) -> Documents:
-  file, offset, length, crc = array.array("i"), array.array("q"), array.array("q"), array.array("I")
-  skipped = 0
-  for number, path in enumerate(files):
-    found = 0
-    try:
-      for start, size, text in _documents_of(path):
-        if not text or text.isspace():
-          skipped += 1
-          continue
-        found += 1
-        file.append(number)
-        offset.append(start)
-        length.append(size)
-        crc.append(zlib.crc32(text))
-    except OSError as e:
-      raise UserError(f"Cannot read {path}: {e.strerror}; make it readable or name another file.") from e
-    if not found:
+@functools.lru_cache(maxsize=64)
+def _documents(files: tuple, states: tuple, field: str, skip_bad: int, cache: str) -> Documents:
+  found, parts, skipped, bad = [], [], 0, []
+  for path, state in zip(files, states, strict=True):
+    file, index = _indexed(path, state, field, skip_bad, skip_bad - len(bad), cache)
+    bad += index["bad"].tolist()
+    if len(bad) > skip_bad:  # in an index that was made when more were tolerated
+      raise _refusal(bad[skip_bad], skip_bad)
+    if not len(index["offset"]):
       raise UserError(f"{path} holds no text; remove it or name a file with at least one document.")
-  documents = Documents(files, np.array(file), np.array(offset), np.array(length), np.array(crc, np.uint32), skipped)
-  if skipped:
-    logging.warning("Skipped %d blank lines or empty documents of %d in %s", skipped, skipped + len(file), files[0])
-  return documents
+    found.append(file)
+    parts.append(index)
+    skipped += int(index["skipped"])
+  file = np.repeat(np.arange(len(found), dtype=np.int32), [len(part["offset"]) for part in parts])
+  joined = {name: np.concatenate([part[name] for part in parts]) for name in ("offset", "length", "crc")}
+  if skipped or bad:
+    what = f"{skipped} blank lines or empty documents" + (f" and {len(bad)} malformed lines" if bad else "")
+    logging.warning("Skipped %s of %d in %s", what, skipped + len(bad) + len(file), files[0])
+  return Documents(tuple(found), file, **joined, skipped=skipped, bad=len(bad))
 
 
-def _documents_of(path: str) -> Iterator[tuple[int, int, bytes]]:
-  """Yields (offset, length, text) of every document, and an empty text for a blank line."""
-  if not path.endswith(SUFFIXES):
-    raise UserError(f"Cannot read documents from {path}: it must end in .jsonl or .txt (or be a folder of such files).")
-  with open(path, "rb") as f:
-    if path.endswith(".txt"):
-      data = f.read()
-      _decode(data, path)
-      yield 0, len(data), data
-      return
-    offset = 0
-    for number, line in enumerate(f, start=1):
-      text = _text_of_line(line, f"{path}:{number}") if line.strip() else b""
-      yield offset, len(line), text
-      offset += len(line)
+def _indexed(
+  path: str, state: tuple, field: str, skip_bad: int, left: int, cache: str
+) -> tuple[File, dict[str, np.ndarray]]:
+  """A file as it will be read, and the index of its documents, from the cache where they are there.
+
+  Of the `skip_bad` malformed lines that are tolerated, `left` may be in this file.
+  """
+  unpack = formats.is_remote(path) or path.endswith(formats.PACKED)
+  in_place = File(path, state, field if path.endswith(".jsonl") else "")
+  if not unpack and state[0] < KEPT_BYTES:
+    return in_place, _scan(path, field, skip_bad, left)
+  digest = hashlib.blake2b(f"{path} {state} {field} {VERSION}".encode(), digest_size=8).hexdigest()
+  stem = cache_folder(cache) / f"{os.path.basename(path)}.{digest}"
+  texts, kept = Path(f"{stem}.texts"), Path(f"{stem}.index.npz")
+  if not kept.exists() or (unpack and not texts.exists()):
+    if unpack:
+      with new_file(texts) as out:
+        index = _scan(path, field, skip_bad, left, out)
+        size = out.tell()
+      logging.warning("Unpacked %s into %s (%.1f MB)", path, texts, size / 1e6)
+    else:
+      index = _scan(path, field, skip_bad, left)
+    with new_file(kept) as out:
+      np.savez(out, **index)
+  with np.load(kept) as saved:
+    index = dict(saved)
+  return File(str(texts), _state(texts.stat()), "") if unpack else in_place, index
 
 
-def _decode(data: bytes, place: str) -> str:
+def _refusal(sentence: str, skip_bad: int) -> UserError:
+  known = f" {skip_bad} malformed lines before it were left out, as config.data.skip_bad says." if skip_bad else ""
+  return UserError(sentence + known)
+
+
+def _scan(path: str, field: str, skip_bad: int, left: int, out=None) -> dict[str, np.ndarray]:
+  """The validating pass; with `out`, a file, the texts are written there and the offsets are those in it."""
+  offset, length, crc = array.array("q"), array.array("q"), array.array("I")
+  skipped, bad = 0, []
   try:
-    return data.decode()
-  except UnicodeDecodeError as e:
-    raise UserError(f"{place} is not UTF-8 at byte {e.start}; convert it to UTF-8.") from e
-
-
-def _text_of_line(line: bytes, place: str) -> bytes:
-  wanted = 'each line must be a JSON object with a string field "text"'
-  try:
-    record = json.loads(_decode(line, place))
-  except (ValueError, RecursionError) as e:  # also a number too long, or brackets too deep, to be read
-    raise UserError(f"{place} is not JSON ({e}); {wanted}.") from e
-  if not isinstance(record, dict) or "text" not in record:
-    found = f"fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-    raise UserError(f'{place} has no field "text" ({found}); {wanted}.')
-  if not isinstance(record["text"], str):
-    raise UserError(f'The field "text" of {place} is a {type(record["text"]).__name__}; {wanted}.')
-  try:
-    return record["text"].encode()
-  except UnicodeEncodeError as e:
-    raise UserError(f'The field "text" of {place} is not valid Unicode (a lone surrogate); {wanted}.') from e
+    for item in formats.read_items(path, field):
+      if isinstance(item.text, UserError):
+        bad.append(str(item.text))
+        if len(bad) > left:
+          raise _refusal(bad[-1], skip_bad)
+      elif not item.text or item.text.isspace():
+        skipped += 1
+      else:
+        offset.append(item.offset if out is None else out.tell())
+        length.append(item.length if out is None else len(item.text))
+        crc.append(zlib.crc32(item.text))
+        if out is not None:
+          out.write(item.text)
+  except OSError as e:
+    raise UserError(f"Cannot read {path}: {e.strerror or e}; make it readable or name another file.") from e
+  found = {"offset": np.array(offset), "length": np.array(length), "crc": np.array(crc, np.uint32)}
+  return found | {"skipped": np.array(skipped), "bad": np.array(bad)}

@@ -19,16 +19,15 @@ from pathlib import Path
 
 from absl import logging
 
+from tsparse.data.cache import cache_folder, writing
 from tsparse.data.sources import VALIDATION_SHARE
-from tsparse.errors import UserError
 
 TASKS = {
   "stdlib": ("stdlib_docs", "stdlib_code"),
   "stdlib_docs": ("stdlib_docs",),
   "stdlib_code": ("stdlib_code",),
 }
-# Documents per document of code. Means are 156 and 3,011 bytes, so each is half of the mixture's bytes.
-RATES = {"stdlib_docs": 19.0, "stdlib_code": 1.0}
+CATEGORIES = {"stdlib_docs": "prose", "stdlib_code": "code"}  # in `stdlib` each has half of the tokens
 
 VERSION = 1  # of this file's rules: a change gives another cache folder
 # Not text anybody wrote: tests' data, and tables made by a program (character maps, the manual as one dictionary).
@@ -57,20 +56,14 @@ def extracted() -> Path:
   Raises:
     UserError: the cache folder cannot be written.
   """
-  root = Path(os.environ.get("TSPARSE_CACHE") or "~/.cache/tsparse").expanduser()
+  root = cache_folder()
   folder = root / f"stdlib-{platform.python_implementation()}-{platform.python_version()}-v{VERSION}"
   if folder.is_dir():
     return folder
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".stdlib-", ignore_cleanup_errors=True) as scratch:
-      made = Path(scratch) / "made"
-      extract(library(), made)
-      _publish(made, folder)
-  except OSError as e:
-    raise UserError(
-      f"Cannot write the cache folder {root}: {e.strerror}; set TSPARSE_CACHE to a writable folder."
-    ) from e
+  with writing(root), tempfile.TemporaryDirectory(dir=root, prefix=".stdlib-", ignore_cleanup_errors=True) as scratch:
+    made = Path(scratch) / "made"
+    extract(library(), made)
+    _publish(made, folder)
   return folder
 
 
@@ -88,7 +81,7 @@ def extract(source_folder: Path, out: Path):
   """Writes the documents of the Python files under `source_folder` into the new folder `out`."""
   start, counts, seen = time.time(), Counter(), set()
   out.mkdir()
-  files = {(t, s): open(out / f"{t}.{s}.jsonl", "wb") for t in RATES for s in ("train", "validation")}  # noqa: SIM115
+  files = {(t, s): open(out / f"{t}.{s}.jsonl", "wb") for t in CATEGORIES for s in ("train", "validation")}  # noqa: SIM115
   try:
     for path in _python_files(source_folder):
       name = path.relative_to(source_folder).as_posix()

@@ -1,97 +1,30 @@
-"""What a D names: a file or folder, one of our stdlib tasks, or anything in seqio's registry.
+"""seqio: tasks and mixtures of the user's, datasets of TFDS, and our own sources as seqio tasks.
 
-Everything becomes a seqio Task or Mixture of one int32 feature `targets`, ending in EOS.
+A task has an int32 feature `targets`, ending in EOS, that holds the whole text to predict, and may have `loss_mask` of
+the same length: 1 where the target counts in the loss.
 """
 
-import difflib
 import functools
 import os
 import sys
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from tsparse.data import stdlib
-from tsparse.data.sources import SUFFIXES, Documents, held_out_splits, read_documents
+from tsparse.data.encoding import tokenizer_digest
+from tsparse.data.sources import Documents
 from tsparse.data.tensorflow import load_tensorflow
-from tsparse.data.vocabulary import load_vocabulary, same_vocabulary, vocabulary_digest
+from tsparse.data.vocabulary import load_vocabulary, same_vocabulary
 from tsparse.errors import UserError
 
 PREFIX = "tsparse."  # of our names in seqio's process-wide registry
 READ_AT_ONCE = 16  # documents per call into Python: a call costs about 0.2 ms, as much as ten reads
 
 
-def own_documents(name: str) -> dict[str, dict[str, Documents]] | None:
-  """The documents of a D of ours as {task: {split: Documents}}; None where D is in seqio's registry.
-
-  Raises:
-    UserError: D is unknown, or its files cannot be read.
-  """
-  if name in stdlib.TASKS:
-    folder = stdlib.extracted()
-    splits = ("train", "validation")
-    return {t: {s: read_documents(str(folder / f"{t}.{s}.jsonl")) for s in splits} for t in stdlib.TASKS[name]}
-  if name in _registered():
-    return None
-  if name and (os.path.exists(os.path.expanduser(name)) or name.endswith(SUFFIXES)):
-    return {"files": held_out_splits(read_documents(name))}
-  known = [*stdlib.TASKS, *_registered()]
-  nearest = difflib.get_close_matches(name, known, n=1)
-  hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-  raise UserError(
-    f"Unknown data {name!r}: {hint}name a .jsonl or .txt file, a folder of them, or a seqio task ({', '.join(known)})."
-  )
-
-
-def check_split(name: str, split: str):
-  """Raises UserError where D has no documents in `split`."""
-  own = own_documents(name)
-  if own is None:
-    seqio, _ = load_tensorflow()
-    splits = sorted(seqio.get_mixture_or_task(name).splits)
-  else:
-    splits = list(next(iter(own.values())))
-  if split in splits:
-    return
-  if own is not None and "all" in splits:
-    n = len(own["files"]["all"])
-    raise UserError(
-      f"Cannot hold out validation documents of {name}: it has only {n} document(s), "
-      "and one in 20 is held out by the crc32 of its text; set data.validation to a file of its own."
-    )
-  raise UserError(
-    f"The data {name!r} has no split {split!r}, only {', '.join(splits)}; set data.validation to another."
-  )
-
-
-def provider(name: str, vocabulary: str):
-  """The seqio Task or Mixture of D, registered on first use under a name unique to its content and the vocabulary.
-
-  Raises:
-    UserError: D is unknown or unreadable, or a task of the user's has other features or another vocabulary.
-  """
-  seqio, _ = load_tensorflow()
-  own = own_documents(name)
-  if own is None:
-    return _user_provider(name, vocabulary)
-  tasks = [_task(task, splits, vocabulary) for task, splits in own.items()]
-  if len(tasks) == 1:
-    return tasks[0]
-  mixture = PREFIX + "mixture." + _digest("".join(t.name for t in tasks))
-  if mixture not in seqio.MixtureRegistry.names():
-    # Without stop_on_empty_dataset an epoch (evaluation) holds every document of every task.
-    sample = functools.partial(_tf().data.Dataset.sample_from_datasets, stop_on_empty_dataset=False)
-    rates = [(t.name, stdlib.RATES[task]) for t, task in zip(tasks, own, strict=True)]
-    seqio.MixtureRegistry.add(mixture, rates, sample_fn=sample)
-  return seqio.MixtureRegistry.get(mixture)
-
-
-def _tf():
-  return load_tensorflow()[1]
-
-
-def _registered() -> list[str]:
+def registered() -> list[str]:
+  """The user's names in seqio's registry."""
   # Only code that has imported seqio can have registered anything, so a look-up need not import it.
   if "seqio" not in sys.modules:
     return []
@@ -100,14 +33,34 @@ def _registered() -> list[str]:
   return sorted(n for n in names if not n.startswith(PREFIX))
 
 
-def _user_provider(name: str, vocabulary: str):
+def members(name: str) -> list[tuple[str, float]]:
+  """(task, share of the tokens) of a registered task or mixture: a mixture's rates are taken as shares of tokens."""
+  seqio, _ = load_tensorflow()
+  found = seqio.get_mixture_or_task(name)
+  if isinstance(found, seqio.Task):
+    return [(name, 1.0)]
+  rates = [(task.name, float(found.get_rate(task))) for task in found.tasks]
+  total = sum(rate for _, rate in rates)
+  if not total > 0 or any(rate < 0 for _, rate in rates):
+    raise UserError(f"The seqio mixture {name!r} has rates that add up to {total:g} or are negative: mend them.")
+  return [(task, rate / total) for task, rate in rates]
+
+
+def splits(name: str) -> list[str]:
+  """The splits of a registered task."""
+  seqio, _ = load_tensorflow()
+  return sorted(seqio.get_mixture_or_task(name).splits)
+
+
+def user_task(name: str, vocabulary: str):
+  """The registered task `name`; UserError where it has other features or another vocabulary."""
   seqio, _ = load_tensorflow()
   found = seqio.get_mixture_or_task(name)
   features = found.output_features
-  if set(features) != {"targets"}:
+  if set(features) - {"loss_mask"} != {"targets"}:
     raise UserError(
       f"The seqio task {name!r} has the features {', '.join(sorted(features))}; "
-      "give it the single feature 'targets' that holds the whole text to predict."
+      "give it the single feature 'targets' that holds the whole text to predict (and 'loss_mask' if not all counts)."
     )
   if not same_vocabulary(features["targets"].vocabulary, load_vocabulary(vocabulary)):
     raise UserError(
@@ -117,16 +70,53 @@ def _user_provider(name: str, vocabulary: str):
   return found
 
 
-def _task(task: str, splits: Mapping[str, Documents], vocabulary: str):
+def tfds_folder() -> Path:
+  """Where TFDS keeps what it has built."""
+  return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def tfds_is_built(name: str) -> bool:
+  """Whether NAME:VERSION is there to be read; TFDS is not imported for it."""
+  return (tfds_folder() / name.replace(":", "/") / "dataset_info.json").exists()
+
+
+def tfds_task(name: str, field: str, vocabulary: str):
+  """The seqio task of a TFDS dataset NAME:VERSION whose feature `field` is the text."""
+  seqio, _ = load_tensorflow()
+  source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=str(tfds_folder()))
+  return _task(f"tfds.{_digest(name + field)}", source, lambda example: example[field], vocabulary)
+
+
+def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str):
+  """The seqio task of documents of ours: what seqio's own tools (caching, evaluation) read."""
+  content = "".join(f"{split} {part.files} {part.fingerprint()}" for split, part in documents.items())
+  return _task(f"{name}.{_digest(content)}", lambda: _source(documents), lambda text: text, vocabulary)
+
+
+def mixture(title: str, rates: list[tuple[str, float]]):
+  """The seqio mixture of registered tasks (name, rate).
+
+  seqio draws documents at these rates; ours are shares of tokens, which only `tsparse.data.lanes` keeps.
+  """
+  seqio, _ = load_tensorflow()
+  name = f"{PREFIX}{title}.{_digest(str(rates))}"
+  if name not in seqio.MixtureRegistry.names():
+    # Without stop_on_empty_dataset an epoch (evaluation) holds every document of every task.
+    sample = functools.partial(load_tensorflow()[1].data.Dataset.sample_from_datasets, stop_on_empty_dataset=False)
+    seqio.MixtureRegistry.add(name, rates, sample_fn=sample)
+  return seqio.MixtureRegistry.get(name)
+
+
+def _task(title: str, source, text_of, vocabulary: str):
+  """The task, registered on first use under a name unique to its content and the vocabulary."""
   seqio, tf = load_tensorflow()
-  content = "".join(f"{split} {documents.files} {documents.fingerprint()}" for split, documents in splits.items())
-  name = f"{PREFIX}{task}.{_digest(content + vocabulary_digest(vocabulary))}"
+  name = f"{PREFIX}{title}.{_digest(tokenizer_digest(vocabulary))}"
   if name not in seqio.TaskRegistry.names():
     seqio.TaskRegistry.add(
       name,
-      source=_source(splits),
+      source=source() if callable(source) else source,
       preprocessors=[
-        lambda ds: ds.map(lambda text: {"targets": text}),
+        lambda ds: ds.map(lambda example: {"targets": text_of(example)}),
         functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
         seqio.preprocessors.append_eos,
       ],
@@ -144,7 +134,7 @@ def _source(splits: Mapping[str, Documents]):
     supports_arbitrary_sharding = True
 
     def list_shards(self, split):
-      return splits[split].files
+      return [file.path for file in splits[split].files]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_unused):
       documents = splits[split]

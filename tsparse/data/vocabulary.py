@@ -4,8 +4,9 @@ import functools
 
 import numpy as np
 
+from tsparse.data.encoding import load_tokenizer, tokenizer_digest
 from tsparse.data.tensorflow import load_tensorflow
-from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
+from tsparse.data.tokenizer import Tokenizer
 
 
 def load_vocabulary(name: str):
@@ -20,12 +21,7 @@ def load_vocabulary(name: str):
   Raises:
     UserError: the file is missing, unreadable or not of its kind, or has no EOS.
   """
-  return _byte_vocabulary() if name == "bytes" else _tokenizer_vocabulary(name, vocabulary_digest(name))
-
-
-def vocabulary_digest(name: str) -> str:
-  """A short key of the vocabulary's content: equal for copies of one tokenizer and what the files beside it add."""
-  return name if name == "bytes" else read_tokenizer(name).digest
+  return _byte_vocabulary() if name == "bytes" else _tokenizer_vocabulary(name, tokenizer_digest(name))
 
 
 def bos_id(vocabulary) -> int:
@@ -57,8 +53,7 @@ def _byte_vocabulary():
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer_vocabulary(name: str, _digest: str):
-  tokenizer = build_tokenizer(read_tokenizer(name))
-  return _vocabulary_class()(tokenizer)
+  return _vocabulary_class()(load_tokenizer(name))
 
 
 @functools.cache

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.models.counts import ModelCounts, model_zero_fraction
+from tsparse.models.loss import scored
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
 
 DEFINITIONS = {
   "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
-  "BOS, and over their end-of-text tokens where `eos` is true; a document longer than a row is scored in pieces",
+  "BOS, and over their end-of-text tokens where `eos` is true; a document longer than a row is scored in pieces; of a "
+  "conversation only the assistant's tokens count",
   "perplexity": "exp(loss), per token of the model's own tokenizer (bytes, for the byte vocabulary)",
 }
 
@@ -53,10 +55,10 @@ class Evaluation:
 def batch_sums(
   model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
 ) -> tuple[jax.Array, ModelCounts]:
-  """Sum of -ln p over the real tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
+  """Sum of -ln p over the scored tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   nll, _, counts, _ = token_losses(model, params, batch, intervention)  # [B, T]
-  return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), counts))  # every host reads all of it
+  return replicate((jnp.sum(nll, where=scored(batch)), counts))  # every host reads all of it
 
 
 compiled = jax.jit(batch_sums, static_argnums=0)
@@ -74,7 +76,7 @@ def evaluate(
   Args:
     model: the decoder.
     params: its parameters.
-    batches: dicts of inputs, targets, segment_ids, positions, each [B, T] int32, all of one shape.
+    batches: dicts of inputs, targets, segment_ids, positions, loss_mask, each [B, T] int32, all of one shape.
     mesh: the devices; it must be set by `jax.set_mesh`.
     intervention: see Transformer; None leaves the hidden alone.
   """
@@ -82,7 +84,7 @@ def evaluate(
   for batch in batches:
     batch_nll, counts = compiled(model, params, place(batch, mesh), intervention)
     nll += float(batch_nll)
-    tokens += int((batch["segment_ids"] > 0).sum())
+    tokens += int(scored(batch).sum())
     counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
     total = counts if total is None else jax.tree.map(np.add, total, counts)
   return Evaluation(nll, tokens, total)

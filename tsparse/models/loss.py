@@ -1,5 +1,7 @@
 """Cross-entropy of next-token predictions."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,11 @@ from tsparse.sharding import constrain
 Array = jax.Array
 
 BLOCKS = 8  # of T: the logits that exist at one time are so much smaller than all of them
+
+
+def scored(batch: Mapping[str, Array]) -> Array:
+  """Which targets of a batch count in its loss, [B, T] bool: `loss_mask`, or all real ones where there is none."""
+  return batch.get("loss_mask", batch["segment_ids"]) > 0
 
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:

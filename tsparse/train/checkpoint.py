@@ -99,6 +99,12 @@ def restore_parameters(workdir: Path, step: int, target: Any) -> tuple[Any, int]
   return found["params"], found["data"]["tokens_seen"]
 
 
+def data_position(workdir: Path) -> bytes:
+  """The position in the data of the newest checkpoint of a workdir."""
+  found = restore_items(workdir, latest_step(workdir), ocp.args.Composite(data=ocp.args.JsonRestore()))
+  return base64.b64decode(found["data"]["iterator"])
+
+
 def restore_items(
   workdir: Path,
   step: int,

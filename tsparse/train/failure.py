@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from tsparse import files, hosts, sharding
+from tsparse.data import merge_positions
 from tsparse.train import checkpoint
 
 
@@ -56,17 +57,19 @@ def keep(workdir: Path, start: Any, train_step: Callable, mesh: jax.sharding.Mes
   scratch = workdir / ".failure"  # one process writes a workdir at a time
   state, start.state, tokens_seen = start.state, None, start.tokens_seen
   for _ in range(start.step + 1, bad.step):
-    batch = next(start.data)
+    batch = sharding.place(next(start.data), mesh)
     tokens_seen += batch["targets"].size
-    state, _ = train_step(state, sharding.place(batch, mesh))
-  position, batch = start.data.state(), next(start.data)
+    state, _ = train_step(state, batch)
+  position = merge_positions(hosts.gather(start.data.state()))
+  batch = sharding.place(next(start.data), mesh)
   try:
     hosts.on_main(lambda: _begin(workdir, scratch))
     with checkpoint.manager(scratch, keep=1) as checkpoints:
       checkpoint.save(checkpoints, state, position, tokens_seen)
-    _, again = train_step(state, sharding.place(batch, mesh))
+    _, again = train_step(state, batch)
     repeated = not all(math.isfinite(again[name]) for name in ("loss", "grad_norm"))
-    hosts.on_main(lambda: _finish(scratch, folder, batch, {**bad.metrics, "step": bad.step, "repeated": repeated}))
+    rows = hosts.whole(batch)
+    hosts.on_main(lambda: _finish(scratch, folder, rows, {**bad.metrics, "step": bad.step, "repeated": repeated}))
   except Exception as error:  # the run has failed already: that is what must be told
     with contextlib.suppress(OSError):
       shutil.rmtree(scratch)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from tsparse import hosts, sharding
-from tsparse.data import train_iterator
+from tsparse.data import account_metrics, merge_positions, train_iterator
 from tsparse.data.iterator import TrainIterator
 from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
@@ -108,7 +108,12 @@ def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, i
 
 
 def begin(
-  config: ml_collections.ConfigDict, workdir: Path, run: Run, init: Init | None, warn: Callable[[str], None]
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  mesh: jax.sharding.Mesh,
+  run: Run,
+  init: Init | None,
+  warn: Callable[[str], None],
 ) -> Start:
   """The newest whole checkpoint of `workdir`, or step 0 where there is none."""
   settings = config.train
@@ -122,6 +127,7 @@ def begin(
     seq_len=settings.seq_len,
     batch_size=settings.batch_size,
     seed=data_seed(config.seed, tokens_seen - step * settings.batch_size * settings.seq_len),
+    rows=sharding.local_rows(mesh, settings.batch_size),
   )
   if found:
     data.restore(found.position)
@@ -136,6 +142,7 @@ def train(
   console: Console,
   title: str,
   init: Init | None = None,
+  by_source: Mapping[str, Sequence[dict[str, np.ndarray]]] | None = None,
 ) -> None:
   """Trains what `config` says, resuming from the newest whole checkpoint of `workdir` if there is one.
 
@@ -147,6 +154,7 @@ def train(
     console: where progress is shown.
     title: what progress calls this stage.
     init: gives the parameters to start from; None starts from random ones.
+    by_source: the same as `validation` for each source of a mixture.
 
   Raises:
     RunFailure: the loss or the gradient is not finite, or the last checkpoint cannot be saved.
@@ -158,16 +166,17 @@ def train(
   train_step = compiled_step(run, config)
 
   tell = functools.partial(warn, console)
-  start = begin(config, workdir, run, init, tell)
+  start = begin(config, workdir, mesh, run, init, tell)
   if start.step:
     console.print(f"{title}  resumed at step {start.step} of {settings.steps}", highlight=False)
-  bad = run_steps(config, workdir, mesh, run.model, train_step, start, validation, console, title)
+  held_out = validation, by_source or {}
+  bad = run_steps(config, workdir, mesh, run.model, train_step, start, *held_out, console, title)
   if bad is None:
     return
   del start  # its arrays make room for those of the repetition
   loss, grad_norm = float(bad.metrics["loss"]), float(bad.metrics["grad_norm"])
   console.print(f"{title}  step {bad.step} is not finite; repeating it from the last checkpoint", highlight=False)
-  kept = failure.keep(workdir, begin(config, workdir, run, init, tell), train_step, mesh, bad)
+  kept = failure.keep(workdir, begin(config, workdir, mesh, run, init, tell), train_step, mesh, bad)
   raise RunFailure(
     f"{title}: loss {loss} and gradient norm {grad_norm} at step {bad.step} are not finite; no checkpoint has them. "
     f"{kept} Start again in a new --workdir with a lower --config.train.learning_rate or --config.train.clip_norm, or "
@@ -183,6 +192,7 @@ def run_steps(
   train_step: Callable,
   start: Start,
   validation: Sequence[dict[str, np.ndarray]],
+  by_source: Mapping[str, Sequence[dict[str, np.ndarray]]],
   console: Console,
   title: str,
 ) -> failure.BadStep | None:
@@ -231,8 +241,9 @@ def run_steps(
         if unread:
           report(**unread)
         tokens_seen += settings.batch_size * settings.seq_len
-        unread = {"step": step, "metrics": {**metrics, "tokens_seen": tokens_seen}}
         last = step == settings.steps
+        drawn = account_metrics(hosts.gather(data.tally())) if last or step % settings.log_every == 0 else {}
+        unread = {"step": step, "metrics": {**metrics, **drawn, "tokens_seen": tokens_seen}}
         evaluating = last or step % settings.eval_every == 0
         saving = last or stopping or step % settings.checkpoint_every == 0
         if evaluating or saving:
@@ -240,9 +251,12 @@ def run_steps(
           unread = {}
         if evaluating:
           held_out = evaluate(model, state.params, validation, mesh)
-          log(step, {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction})
+          quality = {"validation_loss": held_out.loss, "validation_zero_fraction": held_out.zero_fraction}
+          for name, batches in by_source.items():
+            quality[f"validation_loss/{name}"] = evaluate(model, state.params, batches, mesh).loss
+          log(step, quality)
         if saving:
-          saver.save(state, data.state(), tokens_seen)
+          saver.save(state, merge_positions(hosts.gather(data.state())), tokens_seen)
         else:
           saver.poll()
         if not unread:

@@ -16,11 +16,12 @@ from tsparse.models.counts import (
   zero_fraction,
   zero_fraction_per_layer,
 )
+from tsparse.models.loss import scored
 from tsparse.models.router import Jitter, router_balance_loss, router_z_loss
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain
 
-Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions: [B, T] int32
+Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions, loss_mask: [B, T] int32
 
 
 @struct.dataclass
@@ -53,27 +54,27 @@ ROUTER_LOSSES = ("router_z_loss", "router_balance_loss")  # their definitions: t
 def summed_loss(
   params: Any, batch: Batch, model: Transformer, weights: Mapping[str, float], router_jitter: float = 0.0
 ) -> tuple[jax.Array, Sums]:
-  """Sum over the batch's tokens of  -log p(target) + sum over the added terms of weight * term.
+  """Sum over the batch's scored tokens of  -log p(target) + sum over the added terms of weight * term.
 
   Args:
     params: of the model.
     batch: with router_jitter also router_keys, [B, L] random keys.
     model: the decoder.
-    weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, which every token shares equally and
-      which are not computed when both weigh 0.
+    weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, means over all real tokens which every
+      scored token shares equally and which are not computed when both weigh 0.
     router_jitter: epsilon of the routers' Jitter.
   """
   jitter = Jitter(batch["router_keys"].T, router_jitter) if router_jitter else None
   with_router = any(weights.get(name) for name in ROUTER_LOSSES)
   nll, log_z, counts, router = token_losses(model, params, batch, jitter=jitter, with_router=with_router)  # [B, T]
-  counts = jax.lax.stop_gradient(counts)
-  real = batch["segment_ids"] > 0
-  added = {"z_loss": jnp.sum(jnp.square(log_z), where=real)}
+  counts, counted = jax.lax.stop_gradient(counts), scored(batch)
+  added = {"z_loss": jnp.sum(jnp.square(log_z), where=counted)}
   if with_router:
-    tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
-    added["router_z_loss"] = tokens * router_z_loss(router, tokens)
-    added["router_balance_loss"] = tokens * router_balance_loss(router, counts["ffn"].routed, tokens)
-  sums = Sums(nll=jnp.sum(nll, where=real), added=added, counts=counts)
+    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32), 1)
+    sharing = jnp.sum(counted, dtype=jnp.float32)
+    added["router_z_loss"] = sharing * router_z_loss(router, tokens)
+    added["router_balance_loss"] = sharing * router_balance_loss(router, counts["ffn"].routed, tokens)
+  sums = Sums(nll=jnp.sum(nll, where=counted), added=added, counts=counts)
   return sums.nll + sum(weights[name] * term for name, term in added.items()), sums
 
 
@@ -118,7 +119,7 @@ def make_train_step(
   seed: int,
   microbatches: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """A function (state, batch) -> (state, metrics). The loss is the mean over all real tokens of the whole batch.
+  """A function (state, batch) -> (state, metrics). The loss is the mean over all scored tokens of the whole batch.
 
   Args:
     model: the decoder.
@@ -132,17 +133,18 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch):
     batch = {name: constrain(x, "BT") for name, x in batch.items()}
-    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
+    tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    counted = jnp.maximum(jnp.sum(scored(batch)), 1).astype(jnp.float32)
     if router_jitter:
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
     grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    grads = jax.tree.map(lambda g: g / counted, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
-      "loss": sums.nll / tokens,
-      **{name: weights[name] * term / tokens for name, term in sums.added.items()},
+      "loss": sums.nll / counted,
+      **{name: weights[name] * term / counted for name, term in sums.added.items()},
       "grad_norm": optax.tree_utils.tree_norm(grads),
       "learning_rate": schedule(state.step),
       "tokens": tokens,

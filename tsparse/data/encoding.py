@@ -1,0 +1,93 @@
+"""Text to tokens without TensorFlow: any tokenizer by name, and documents of any length in pieces."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
+
+# Characters that are encoded at once: what a tokenizer needs in memory and time grows with them. At least so many, and
+# for each token of a row, so that the rows of long contexts can be filled by one document.
+PIECE, PIECE_PER_TOKEN = 8192, 16
+SPACE = re.compile(r"(?<=\w) (?=\w)")
+
+BYTES = Tokenizer(
+  path="bytes",
+  digest="bytes",
+  encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3,
+  decode=lambda ids: bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="ignore"),
+  table={"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)},
+  bos=0,
+  eos=1,
+  unk=2,
+)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+  """The tokenizer of `config.data.vocabulary`; the seqio vocabulary of that name gives the same ids.
+
+  Args:
+    name: see `tsparse.data.vocabulary.load_vocabulary`.
+
+  Raises:
+    UserError: the file is missing, unreadable or not of its kind, or has no EOS.
+  """
+  return BYTES if name == "bytes" else _built(name, tokenizer_digest(name))
+
+
+@functools.lru_cache(maxsize=8)
+def _built(name: str, _digest: str) -> Tokenizer:
+  return build_tokenizer(read_tokenizer(name))
+
+
+def tokenizer_digest(name: str) -> str:
+  """A short key of the tokenizer's content: equal for copies of one and what the files beside it add."""
+  return name if name == "bytes" else read_tokenizer(name).digest
+
+
+def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
+  """Whether two tokenizers mean the same by every id, be they a SentencePiece model and its tokenizer.json."""
+  return a.digest == b.digest or (a.eos == b.eos and a.table == b.table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """Tokens of documents, a piece of at most `size` characters at a time.
+
+  Pieces are cut at a space between two words of their second half, and their tokens laid end to end are those of the
+  whole text, as far as a tokenizer never joins words (SentencePiece and byte-level BPE models of text do not). Text
+  without such a space is cut where the piece is full: there the tokens differ from those of the whole text, and a
+  SentencePiece model that puts a space before every text puts one there; no character is lost.
+
+  Attributes:
+    encode: text -> ids, without BOS and EOS.
+    eos: the id that ends a document, or None where it has none.
+    own_space: whether `encode` puts a space before its text, so that the one at a cut must be left out.
+    size: characters of a piece.
+  """
+
+  encode: Callable[[str], Sequence[int]]
+  eos: int | None
+  own_space: bool
+  size: int
+
+  def piece(self, text: str, start: int) -> tuple[np.ndarray, int]:
+    """The tokens, int32 [n], of the piece of `text` from `start`, and where the next begins; EOS is after the last."""
+    end = start + self.size
+    if end >= len(text):
+      ids = self.encode(text[start:] if start else text)
+      tail = [] if self.eos is None else [self.eos]
+      return np.concatenate([np.asarray(ids, np.int32), np.asarray(tail, np.int32)]), len(text)
+    cut = next((m.start() for m in SPACE.finditer(text, start + self.size // 2, end)), None)
+    ids = np.asarray(self.encode(text[start : end if cut is None else cut]), np.int32)
+    return ids, end if cut is None else cut + self.own_space
+
+
+def make_encoder(tokenizer: Tokenizer, eos: bool, seq_len: int) -> Encoder:
+  """The encoder of `config.data.vocabulary` and `config.data.eos`, for rows of `seq_len` tokens."""
+  whole, words = list(tokenizer.encode("a b")), [list(tokenizer.encode(word)) for word in ("a", "b", " b")]
+  own_space = whole == words[0] + words[1] and whole != words[0] + words[2]
+  return Encoder(tokenizer.encode, tokenizer.eos if eos else None, own_space, max(PIECE, PIECE_PER_TOKEN * seq_len))

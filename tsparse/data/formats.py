@@ -1,0 +1,168 @@
+"""The formats documents come in: every document of a file with its place, or what is wrong with it.
+
+  .jsonl      a JSON object on each line, the text in one of its fields         read where it lies
+  .txt        the whole file is one document                                    read where it lies
+  .jsonl.gz, .jsonl.zst, .parquet (the text in a column), and any of these in a bucket: unpacked once, see `sources`
+
+pyarrow and zstandard are imported when the first such file is met.
+"""
+
+import contextlib
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from tsparse.data.tensorflow import load_tensorflow
+from tsparse.errors import UserError
+
+IN_PLACE = (".jsonl", ".txt")
+PACKED = (".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = IN_PLACE + PACKED
+LISTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+ROWS = 256  # of a .parquet file that are decoded at once
+
+
+class Item(NamedTuple):
+  """A document of a file.
+
+  Attributes:
+    offset: where its bytes begin in the file (as unpacked, for .gz and .zst; 0 for .parquet).
+    length: how many bytes it takes there.
+    text: in UTF-8; empty for a blank line; a UserError for a malformed one.
+  """
+
+  offset: int
+  length: int
+  text: bytes | UserError
+
+
+def is_remote(path: str) -> bool:
+  """Whether `path` is in a bucket (gs://, s3://, ...), which `etils.epath` reads through TensorFlow or fsspec."""
+  return "://" in path
+
+
+def path_of(path: str) -> epath.Path:
+  """A path here or in a bucket."""
+  if path.startswith("gs://"):
+    load_tensorflow()  # through which etils reads them, and which must be silenced first
+  return epath.Path(path).expanduser()
+
+
+def open_bytes(path: str):
+  """A file object of the bytes of a file, here or in a bucket."""
+  return path_of(path).open("rb") if is_remote(path) else open(path, "rb")
+
+
+def read_items(path: str, field: str) -> Iterator[Item]:
+  """Every document of a file, one after the other, in memory that only the largest decides.
+
+  Args:
+    path: ends in one of SUFFIXES.
+    field: of each line or row that holds the text.
+
+  Raises:
+    OSError: the file cannot be read.
+    UserError: it is damaged, or of another kind than its name says.
+  """
+  with open_bytes(path) as f:
+    if path.endswith(".txt"):
+      data = f.read()
+      yield Item(0, len(data), _checked(data, path))
+    elif path.endswith(".jsonl"):
+      yield from _lines(f, path, field)
+    elif path.endswith(".jsonl.gz"):
+      with _damage(path, zlib.error, EOFError, gzip.BadGzipFile), gzip.open(f) as lines:
+        yield from _lines(lines, path, field)
+    elif path.endswith(".jsonl.zst"):
+      yield from _zstandard(f, path, field)
+    elif path.endswith(".parquet"):
+      yield from _parquet(f, path, field)
+    else:
+      raise UserError(f"Cannot read documents from {path}: it must end in {LISTED} (or be a folder of such files).")
+
+
+@contextlib.contextmanager
+def _damage(path: str, *kinds: type[Exception]):
+  try:
+    yield
+  except kinds as e:
+    raise UserError(f"{path} is damaged ({e}); fetch or make it again.") from e
+
+
+def _lines(f, path: str, field: str) -> Iterator[Item]:
+  offset = 0
+  for number, line in enumerate(f, start=1):
+    yield Item(offset, len(line), _text_of_line(line, f"{path}:{number}", field) if line.strip() else b"")
+    offset += len(line)
+
+
+def _zstandard(f, path: str, field: str) -> Iterator[Item]:
+  import io
+
+  import zstandard  # here: few need it
+
+  with _damage(path, zstandard.ZstdError):
+    stream = zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True)
+    yield from _lines(io.BufferedReader(stream), path, field)
+
+
+def _parquet(f, path: str, field: str) -> Iterator[Item]:
+  import pyarrow as pa  # here: few need it
+  import pyarrow.parquet as pq
+
+  with _damage(path, pa.ArrowException):
+    table = pq.ParquetFile(f)
+    names = table.schema_arrow.names
+    if field not in names:
+      raise UserError(
+        f"{path} has no column {field!r}, only {', '.join(names)}; name the column of the text in "
+        "--config.data.text_field."
+      )
+    kind = table.schema_arrow.field(field).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+      raise UserError(
+        f"The column {field!r} of {path} holds {kind}, not text; name another in --config.data.text_field."
+      )
+    row = 0
+    for batch in table.iter_batches(batch_size=ROWS, columns=[field]):
+      for value in batch.column(0):
+        row += 1
+        text = value.as_buffer()
+        if text is None:
+          yield Item(0, 0, UserError(f"Row {row} of {path} has no {field!r} (null); leave out or mend such rows."))
+        else:
+          data = text.to_pybytes()
+          yield Item(0, len(data), _checked(data, f"Row {row} of {path}"))
+
+
+def _checked(data: bytes, place: str) -> bytes | UserError:
+  try:
+    data.decode()
+  except UnicodeDecodeError as e:
+    return UserError(f"{place} is not UTF-8 at byte {e.start}; convert it to UTF-8.")
+  return data
+
+
+def _text_of_line(line: bytes, place: str, field: str) -> bytes | UserError:
+  wanted = f'each line must be a JSON object with a string field "{field}"'
+  try:
+    record = json.loads(line.decode())
+  except UnicodeDecodeError as e:
+    return UserError(f"{place} is not UTF-8 at byte {e.start}; convert it to UTF-8.")
+  except (ValueError, RecursionError) as e:  # also a number too long, or brackets too deep, to be read
+    return UserError(f"{place} is not JSON ({e}); {wanted}.")
+  if not isinstance(record, dict) or field not in record:
+    found = f"fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+    return UserError(
+      f'{place} has no field "{field}" ({found}); {wanted}, or name its field in --config.data.text_field.'
+    )
+  if not isinstance(record[field], str):
+    return UserError(f'The field "{field}" of {place} is a {type(record[field]).__name__}; {wanted}.')
+  try:
+    return record[field].encode()
+  except UnicodeEncodeError:
+    return UserError(f'The field "{field}" of {place} is not valid Unicode (a lone surrogate); {wanted}.')

@@ -1,0 +1,282 @@
+"""From the name of a D to its sources: what is drawn from, in which shares, and which documents are held out.
+
+A D is, in this order: a mixture of `mixtures`, one of their sources, one of our stdlib tasks, a task or mixture of
+seqio's registry, or a file or folder, as it is written or under `config.data.root`.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tsparse.data import stdlib, tasks
+from tsparse.data.formats import LISTED, SUFFIXES, is_remote, path_of
+from tsparse.data.mixtures import MIXTURES, Declared
+from tsparse.data.settings import DataSettings
+from tsparse.data.sources import Documents, documents_of, held_out_splits
+from tsparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """What documents are drawn from.
+
+  Attributes:
+    name: tells it from the others of its mixture.
+    weight: share of the tokens; those of a mixture add up to 1.
+    category: of the source, or "".
+    documents: {split: documents} of files; empty for a seqio task.
+    task: name of a seqio task, or "" for files.
+    tfds: (NAME:VERSION, feature) of a TFDS dataset, or None.
+  """
+
+  name: str
+  weight: float = 1.0
+  category: str = ""
+  documents: Mapping[str, Documents] = dataclasses.field(default_factory=dict)
+  task: str = ""
+  tfds: tuple[str, str] | None = None
+
+  def splits(self) -> list[str]:
+    """What it can be asked for."""
+    if self.documents:
+      return list(self.documents)
+    return tasks.splits(self.task) if self.task else ["train", "validation"]
+
+
+class Missing(UserError):
+  """A source that is not there: `place`, where it was looked for, and `get`, how to get it."""
+
+  def __init__(self, name: str, place: str, get: str):
+    super().__init__(f"Cannot read {name}: No such file or folder at {place}; {get}.")
+    self.line = f"{name} (not at {place}; {get})"
+
+
+def training(data: DataSettings) -> list[tuple[Source, str]]:
+  """(source, split) of everything that is trained on: all of a file or folder where validation has its own.
+
+  Raises:
+    UserError: a D is unknown, missing, unreadable or malformed, or the weights are.
+  """
+  whole = bool(data.validation)
+  return [(source, _split(source, "train", whole)) for source in _sources(data)]
+
+
+def validation(data: DataSettings) -> list[tuple[Source, str]]:
+  """(source, split) of everything that is evaluated on. A source of a mixture that holds out nothing is not in it.
+
+  Raises:
+    UserError: as `training`, or there is none.
+  """
+  if data.validation:
+    sources = resolve(data.validation, data)
+    return [(source, _split(source, "validation", True)) for source in sources]
+  sources = _sources(data)
+  found = [(source, "validation") for source in sources if "validation" in source.splits()]
+  if not found:
+    raise UserError(_nothing_held_out(sources[0]))
+  return _renormalized(found)
+
+
+def _split(source: Source, split: str, whole: bool) -> str:
+  """`split`, or "all" of files where nothing need be or can be held out."""
+  available = source.splits()
+  if "all" in available and (whole or split not in available):
+    return "all"
+  if split in available:
+    return split
+  raise UserError(
+    f"The data {source.name!r} has no split {split!r}, only {', '.join(available)}; set data.validation to another."
+  )
+
+
+def _nothing_held_out(source: Source) -> str:
+  if "all" not in source.splits():
+    return (
+      f"The data {source.name!r} has no split 'validation', only {', '.join(source.splits())}; set data.validation to "
+      "another."
+    )
+  return (
+    f"Cannot hold out validation documents of {source.name}: it has only {len(source.documents['all'])} document(s), "
+    "and one in 20 is held out by the crc32 of its text; set data.validation to a file of its own."
+  )
+
+
+def check_disjoint(data: DataSettings):
+  """Raises UserError where everything that is held out is trained on too."""
+  if not data.validation:
+    return
+  held_out = [source.documents[split].crc for source, split in validation(data) if source.documents]
+  trained = [source.documents[split].crc for source, split in training(data) if source.documents]
+  if held_out and trained and np.isin(np.concatenate(held_out), np.concatenate(trained)).all():
+    raise UserError(
+      f"Every document of data.validation {data.validation} is in data.train too; name other files, "
+      "or leave data.validation empty to hold out one document in 20."
+    )
+
+
+def describe(data: DataSettings) -> str:
+  """One line on what is trained on: the shares of a mixture and what is missing from it; "" for a single source."""
+  missing = []
+  sources = _sources(data, missing)
+  if len(sources) + len(missing) < 2:
+    return ""
+  shares = ", ".join(f"{source.name} {source.weight:.2%}" for source in sources)
+  left_out = f"; missing and left out: {', '.join(missing)}" if missing else ""
+  return f"{data.mixture or data.train}: {shares}{left_out}"
+
+
+def _sources(data: DataSettings, missing: list[str] | None = None) -> list[Source]:
+  if not data.mixture:
+    return resolve(data.train, data, missing)
+  parts = [(name, weight, lambda name=name: resolve(name, data)) for name, weight in parse_mixture(data.mixture)]
+  return _mixed("config.data.mixture", parts, data, missing)
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+  """[(name, weight)] of "name:weight,name:weight"; UserError where it is not that."""
+  parts = []
+  for part in text.split(","):
+    name, colon, number = part.strip().rpartition(":")
+    try:
+      weight = float(number)
+    except ValueError:
+      weight = math.nan
+    if not colon or not name or not math.isfinite(weight):
+      raise UserError(f'config.data.mixture has {part!r} where "name:weight" belongs, a D and a number: mend it.')
+    parts.append((name, weight))
+  return parts
+
+
+def _mixed(title: str, parts: Sequence, data: DataSettings, missing: list[str] | None) -> list[Source]:
+  """The sources of all parts (name, weight, function that gives its sources), with weights that add up to 1."""
+  names = [name for name, *_ in parts]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice:
+    raise UserError(f"{title} names {', '.join(twice)} twice: give each source once, with the sum of its weights.")
+  negative = [f"{name}:{weight:g}" for name, weight, _ in parts if weight < 0]
+  if negative or not sum(weight for _, weight, _ in parts) > 0:
+    what = f"has negative weights ({', '.join(negative)})" if negative else "has weights that add up to 0"
+    raise UserError(f"{title} {what}: a weight is a share of the tokens, not negative, and one must be positive.")
+  found, absent = [], []
+  for name, weight, find in parts:
+    try:
+      sources = find()
+    except Missing as e:
+      absent.append((name, e.line))
+      continue
+    found += [dataclasses.replace(source, weight=weight * source.weight) for source in sources]
+  if absent and not (data.allow_missing and found):
+    lines = "; ".join(line for _, line in absent)
+    raise UserError(
+      f"{title}: {len(absent)} of {len(parts)} sources are missing: {lines}. Get them, or train on the others by "
+      "--config.data.allow_missing=true."
+    )
+  if missing is not None:
+    missing += [name for name, _ in absent]
+  names = [source.name for source in found]
+  if len(set(names)) < len(names):  # a source inside two mixtures
+    raise UserError(f"{title} holds a source twice, by itself or in a mixture: {', '.join(names)}.")
+  total = sum(source.weight for source in found)
+  if not total > 0:
+    raise UserError(f"{title}: the weights of the sources that are there add up to 0: give one a positive weight.")
+  return [dataclasses.replace(source, weight=source.weight / total) for source in found]
+
+
+def _renormalized(found: list[tuple[Source, str]]) -> list[tuple[Source, str]]:
+  total = sum(source.weight for source, _ in found) or 1.0
+  return [(dataclasses.replace(source, weight=source.weight / total), split) for source, split in found]
+
+
+def resolve(name: str, data: DataSettings, missing: list[str] | None = None) -> list[Source]:
+  """The sources of D, with weights that add up to 1.
+
+  Args:
+    name: of the D.
+    data: the settings by which it is found and read.
+    missing: where the names of sources that are left out (`allow_missing`) are added.
+
+  Raises:
+    UserError: D is unknown, or its files cannot be read; of a mixture, all that is missing and where to get it.
+  """
+  if name in MIXTURES:
+    parts = [(d.name, d.weight, lambda d=d: [_declared(d, data)]) for d in MIXTURES[name]]
+    return _mixed(name, parts, data, missing)
+  declared = {d.name: d for mixture in MIXTURES.values() for d in mixture}
+  if name in declared:
+    return [_declared(declared[name], data)]
+  if name in stdlib.TASKS:
+    members = stdlib.TASKS[name]
+    return [dataclasses.replace(_stdlib(task, data), weight=1 / len(members)) for task in members]
+  if name in tasks.registered():
+    return [Source(task, rate, task=task) for task, rate in tasks.members(name)]
+  path = _path(name, data)
+  if path is not None:
+    return [Source(name, documents=held_out_splits(documents_of(path, data)))]
+  known = [*MIXTURES, *stdlib.TASKS, *tasks.registered(), *declared]
+  nearest = difflib.get_close_matches(name, known, n=1)
+  hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+  raise UserError(
+    f"Unknown data {name!r}: {hint}name a {LISTED} file, a folder of them, or a task or mixture ({', '.join(known)})."
+  )
+
+
+def _stdlib(task: str, data: DataSettings) -> Source:
+  folder = stdlib.extracted()
+  documents = {s: documents_of(str(folder / f"{task}.{s}.jsonl"), data, "text") for s in ("train", "validation")}
+  return Source(task, category=stdlib.CATEGORIES[task], documents=documents)
+
+
+def _path(name: str, data: DataSettings) -> str | None:
+  """Where the file or folder of D is, by itself or under the root; None where it is no file.
+
+  Raises:
+    Missing: D looks like a file and is not there.
+  """
+  under = str(path_of(data.root) / name) if data.root and name and not is_remote(name) else ""
+  for path in filter(None, (name, under)):
+    if path_of(path).exists():
+      return path
+  if name.endswith(SUFFIXES) or is_remote(name) or os.sep in name:
+    raise Missing(name, f"{name} and {under}" if under else name, f"name a {LISTED} file or folder that is there")
+  return None
+
+
+def _declared(source: Declared, data: DataSettings) -> Source:
+  """A source of a mixture, by itself; Missing where it is not there."""
+  root = path_of(data.root) if data.root else None
+  files = source.files or source.name
+  if root is not None and (root / files).exists():
+    splits = held_out_splits(documents_of(str(root / files), data, source.field))
+    if source.validation and (root / source.validation).exists():
+      held_out = documents_of(str(root / source.validation), data, source.field)
+      splits = {"train": splits["all"], "validation": held_out}
+    return Source(source.name, category=source.category, documents=splits)
+  if source.tfds and tasks.tfds_is_built(source.tfds):
+    return Source(source.name, category=source.category, tfds=(source.tfds, source.field))
+  place = f"{root / files}" if root is not None else f"{files} of config.data.root, which is not set"
+  if source.tfds:
+    place += f" and as {source.tfds} in {tasks.tfds_folder()}"
+  raise Missing(source.name, place, f"get {source.get}")
+
+
+def seqio_task(source: Source, vocabulary: str):
+  """The seqio task of a source; UserError where one of the user's has other features or another vocabulary."""
+  if source.task:
+    return tasks.user_task(source.task, vocabulary)
+  if source.tfds:
+    return tasks.tfds_task(*source.tfds, vocabulary)
+  title = source.name if source.name.isidentifier() else "files"  # seqio's names are of letters, digits, _ and .
+  return tasks.files_task(title, source.documents, vocabulary)
+
+
+def seqio_provider(name: str, data: DataSettings):
+  """D as a seqio Task or Mixture, registered, for seqio's own tools; its rates are the weights."""
+  sources = resolve(name, data)
+  made = [(seqio_task(source, data.vocabulary), source.weight) for source in sources]
+  if len(made) == 1:
+    return made[0][0]
+  return tasks.mixture(name if name.isidentifier() else "mixture", [(task.name, weight) for task, weight in made])

@@ -1,0 +1,43 @@
+"""`config.data`: what the data is and how it is read."""
+
+import dataclasses
+from typing import Any
+
+DEFAULT_LANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """The fields of `config.data`; `configs/default.py` sets them.
+
+  Attributes:
+    train: D to train on: a file or folder, or the name of a task or mixture.
+    validation: D for the loss on held-out text, or "" for what `train` holds out.
+    mixture: "name:weight,name:weight" of D's, in place of `train`.
+    root: folder or bucket that the sources of a mixture lie in, and that other relative paths may be relative to.
+    allow_missing: sources of a mixture that are not there are left out and the other weights renormalised.
+    text_field: of .jsonl and .parquet files, unless a mixture says another.
+    skip_bad: so many malformed lines of a D are left out and counted; one more is an error.
+    cache: folder for unpacked files and indices; "" for TSPARSE_CACHE or ~/.cache/tsparse.
+    lanes: S, how many independent readers make a batch.
+    vocabulary: see `tsparse.data.tokenizer.load_tokenizer`.
+    eos: whether documents end with an end-of-text token, to be predicted like the others.
+  """
+
+  train: str = "stdlib"
+  validation: str = ""
+  mixture: str = ""
+  root: str = ""
+  allow_missing: bool = False
+  text_field: str = "text"
+  skip_bad: int = 0
+  cache: str = ""
+  lanes: int = DEFAULT_LANES
+  vocabulary: str = "bytes"
+  eos: bool = True
+
+
+def data_settings(data: Any) -> DataSettings:
+  """Of a `config.data`, or of any object with some of its fields; the others have their defaults."""
+  names = [field.name for field in dataclasses.fields(DataSettings)]
+  return DataSettings(**{name: getattr(data, name) for name in names if hasattr(data, name)})

@@ -1,0 +1,174 @@
+"""The documents of one source in their order, from any position: what a lane draws from.
+
+Of S lanes, lane j takes the documents j, j + S, j + 2S, ... of one endless sequence: epoch after epoch of the source,
+each in an order of its own. So the lanes are disjoint and together complete, however few documents there are.
+"""
+
+import base64
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from tsparse.data.encoding import Encoder
+from tsparse.data.order import round_keys, shuffled
+from tsparse.data.packing import Piece
+from tsparse.data.sources import Documents
+from tsparse.data.tensorflow import load_tensorflow, silent_stderr
+from tsparse.errors import UserError
+
+
+class Stream(Protocol):
+  """The documents of a source that one lane takes."""
+
+  taken: int  # documents that were begun
+
+  def next_piece(self) -> Piece | None:
+    """The next tokens of the current document or of the next one; None after the last."""
+
+  def state(self) -> Any:
+    """The position, as JSON."""
+
+  def restore(self, state: Any):
+    """Continues from `state()` of a stream that was made with the same arguments."""
+
+
+class FileStream:
+  """Documents of files. The position is three numbers: documents taken, characters of the last one, its last token.
+
+  A document is held whole as text while it is drawn, and encoded piece by piece.
+  """
+
+  def __init__(
+    self, documents: Documents, encoder: Encoder, key: Sequence[int], lane: int, lanes: int, epochs: int | None = None
+  ):
+    self._documents = documents
+    self._encoder = encoder
+    self._key = key
+    self._lane, self._lanes = lane, lanes
+    self._end = None if epochs is None else epochs * len(documents)
+    self.taken = 0
+    self._offset = 0  # in the document that was taken last; 0 where all of it was given
+    self._last = 0  # token before the offset
+    self._text = ""  # of that document
+
+  def next_piece(self) -> Piece | None:
+    """See `Stream`."""
+    for _ in range(len(self._documents) + 1):
+      begins = self._offset == 0
+      if begins:
+        place = self._lane + self._lanes * self.taken
+        if self._end is not None and place >= self._end:
+          return None
+        self._text = self._read(place)
+        self.taken += 1
+      tokens, end = self._encoder.piece(self._text, self._offset)
+      ends = end >= len(self._text)
+      self._offset = 0 if ends else end
+      if len(tokens):
+        context, self._last = None if begins else self._last, int(tokens[-1])
+        return Piece(tokens, None, context, ends)
+    path = self._documents.files[0].path
+    raise UserError(f"config.data.vocabulary gives no token for any document of {path}: set one made for such text.")
+
+  def _read(self, place: int) -> str:
+    epoch, index = divmod(place, len(self._documents))
+    return self._documents.read(shuffled(index, len(self._documents), round_keys(*self._key, epoch))).decode()
+
+  def state(self) -> list[int]:
+    """[documents taken, characters given of the last of them, last token given]."""
+    return [self.taken, self._offset, self._last]
+
+  def restore(self, state: list[int]):
+    """See `Stream`."""
+    self.taken, self._offset, self._last = state
+    if self._offset:
+      self._text = self._read(self._lane + self._lanes * (self.taken - 1))
+
+
+class TaskStream:
+  """Documents of a seqio task, in seqio's order of the shard `lane` of `lanes`.
+
+  The position is that of tf.data's iterator: kilobytes to megabytes, as large as the task's shuffle buffers.
+  """
+
+  def __init__(
+    self,
+    task: Any,
+    split: str,
+    without_eos: int | None,
+    seed: int,
+    lane: int,
+    lanes: int,
+    epochs: int | None = None,
+  ):
+    self._open: Callable[[], Any] = lambda: _iterate(task, split, seed, lane, lanes, epochs)
+    self._title = f"The seqio task {task.name!r}: its shard {lane} of {lanes}"
+    self._endless = epochs is None
+    self._without_eos = without_eos
+    self._iterator: list[Any] = []
+    self.taken = 0
+    self._started = False
+
+  def next_piece(self) -> Piece | None:
+    """See `Stream`."""
+    # SentencePiece's TensorFlow kernel writes a notice when it first runs, and cannot be told not to.
+    with contextlib.nullcontext() if self._started else silent_stderr():
+      self._started = True
+      while True:
+        example = next(self._tensorflow(), None)
+        if example is None:
+          if self._endless:
+            raise UserError(
+              f"{self._title} has no documents; read it by fewer lanes, --config.data.lanes, or give it more documents."
+            )
+          return None
+        self.taken += 1
+        tokens, mask = example["targets"], example.get("loss_mask")
+        if mask is not None and len(mask) != len(tokens):
+          raise UserError(f"{self._title} gave {len(tokens)} targets and {len(mask)} of loss_mask: make them as long.")
+        if self._without_eos is not None and len(tokens) and tokens[-1] == self._without_eos:
+          tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
+        if len(tokens):
+          return Piece(tokens.astype(np.int32), None if mask is None else (mask > 0).astype(np.int32))
+
+  def state(self) -> list[Any]:
+    """[documents taken, position of tf.data's iterator in base64]."""
+    if not self._started:
+      return [0, ""]
+    state = self._tensorflow().save()
+    return [self.taken, base64.b64encode(state.numpy() if hasattr(state, "numpy") else state).decode()]
+
+  def restore(self, state: list[Any]):
+    """See `Stream`."""
+    self.taken, position = state
+    if position:
+      with silent_stderr():  # the kernels may run from here on
+        self._started = True
+        self._tensorflow().restore(base64.b64decode(position))
+
+  def _tensorflow(self):
+    if not self._iterator:
+      # A list, so that it can be emptied at exit, before the interpreter is torn down: tf.data's threads may then be
+      # waiting to call our Python reader, and the iterator's destructor would wait for them for ever.
+      self._iterator.append(self._open())
+      weakref.finalize(self, self._iterator.clear)
+    return self._iterator[0]
+
+
+def _iterate(task: Any, split: str, seed: int, lane: int, lanes: int, epochs: int | None):
+  seqio, tf = load_tensorflow()
+  dataset = task.get_dataset(
+    sequence_length=None,  # nothing is trimmed
+    split=split,
+    shuffle=True,
+    seed=seed,
+    shard_info=seqio.ShardInfo(lane, lanes),
+    num_epochs=epochs,
+    try_in_mem_cache=False,  # the cache would be in every saved state, and would freeze the order of the first epoch
+  )
+  options = tf.data.Options()
+  options.deterministic = True
+  return dataset.with_options(options).as_numpy_iterator()

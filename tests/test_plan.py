@@ -50,7 +50,8 @@ def test_a_step_is_compiled_for_virtual_devices(tmp_path):
     (["--topology=v5p:4x4"], "--topology=v5p:4x4 is unknown"),
     (["--topology=cpu:8", "--config.mesh.fsdp=3"], "fsdp=3, tensor=1, expert=1) covers 3 devices and there are 8"),
     (
-      ["--topology=cpu:8", "--config=configs/tiny_moe_drelu.py", "--config.mesh.expert=8"],
+      ["--topology=cpu:8", "--config.model.num_experts=4", "--config.model.experts_per_token=2",
+       "--config.mesh.expert=8"],
       "config.mesh.expert is 8 and the model has 4 experts",
     ),
     (["--topology=cpu:8", "--config.mesh.tensor=8"], "axis N has length 4, which does not divide over"),

@@ -38,7 +38,8 @@ def check_sections(config: ml_collections.ConfigDict):
 def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
   mesh = sharding.make_mesh(config.mesh)
-  needed = check_step(config, mesh, mesh.devices.flat[0].platform)
+  platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+  needed = check_step(config, mesh, platform)
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
@@ -48,7 +49,7 @@ def check(config: ml_collections.ConfigDict):
 def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platform: str) -> dict[str, int]:
   """What a step of `config` needs on `mesh` (memory.training_bytes); UserError if there can be no such step.
 
-  `platform` is what it is compiled for: that of the mesh's devices, unless they stand in for others.
+  `platform` is what it is compiled for: cpu, cuda or tpu.
   """
   settings = config.train
   for key in POSITIVE:
@@ -85,6 +86,12 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
       f"config.train.batch_size is {settings.batch_size}; it must be a multiple of config.train.microbatches, "
       f"{settings.microbatches}."
     )
+  if 0 < model.num_experts < mesh.shape["expert"]:
+    raise UserError(
+      f"config.mesh.expert is {mesh.shape['expert']} and the model has {model.num_experts} experts: an expert is not "
+      f"split over devices by this axis; set --config.mesh.expert={model.num_experts} and give the others to fsdp or "
+      "tensor."
+    )
   widths = (model.d_ff, model.num_shared_experts * model.shared_d_ff, model.dense_layers and model.dense_d_ff)
   for width in filter(None, widths):
     sharding.check_divisible(mesh, {"B": rows, **model.sizes, "F": width})
@@ -93,7 +100,7 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
   target = prepare(config, mesh).target
-  return memory.training_bytes(model, target, rows_per_device, settings.seq_len, settings.microbatches)
+  return memory.training_bytes(model, target, rows_per_device, settings.seq_len, platform, mesh.shape)
 
 
 def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platform: str):

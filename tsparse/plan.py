@@ -102,7 +102,8 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
   kind, _ = topology.parse(name)
   devices, compilable = topology.devices(name)
   mesh = sharding.make_mesh(config.mesh, devices)
-  estimate = check_step(config, mesh, platform="cpu" if kind == "cpu" else "tpu")
+  platform = "tpu" if kind in topology.CHIPS else kind
+  estimate = check_step(config, mesh, platform)
   model, settings, chip = model_config(config), config.train, topology.CHIPS.get(kind)
   tokens = settings.batch_size * settings.seq_len
   result = {
@@ -115,7 +116,7 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
     "tokens_per_step": tokens,
     "steps": settings.steps,
     "zero_fraction": zero_fraction,
-    "flops": training_flops(model, tokens, settings.seq_len, zero_fraction),
+    "flops": training_flops(model, tokens, settings.seq_len, zero_fraction, platform),
     "memory": {"estimate": estimate, "chip": chip and chip.memory},
     "source": "compiler" if compilable else "estimate: libtpu is not installed (pip install -r requirements-tpu.txt)",
     "definitions": {

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tsparse.models.attention import tpu_share
 from tsparse.models.config import PRESETS
 from tsparse.models.flops import forward_flops, training_flops
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -30,6 +32,18 @@ def test_only_the_experts_of_a_token_count_and_zeros_save_of_the_ffn_alone():
   ragged, every = (dataclasses.replace(moe, remat="none", moe_impl=impl) for impl in ("ragged", "dense"))
   more = training_flops(every, 1, 4096, 0.9)["executed"] - training_flops(ragged, 1, 4096, 0.9)["executed"]
   assert more == pytest.approx(3 * 6 * 2 * 32 * 3 * 4096 * 14_336)  # six of eight experts
+
+
+def test_a_tpu_computes_the_blocks_of_scores_that_are_not_masked():
+  config = PRESETS["llama2_7b"]
+  scores = 4 * 32 * 4096 * 4096
+  by_xla, by_kernel = (training_flops(config, 1, 4096, 0.9, platform)["executed"] for platform in ("cpu", "tpu"))
+  assert by_xla - by_kernel == pytest.approx(scores * (4 - 5.5 * 36 / 64))
+  distance = np.arange(2048)[:, None] - np.arange(2048)
+  for window in (0, 1, 2, 513, 514, 1500):
+    seen = (distance >= 0) & (distance < (window or 2048))
+    assert tpu_share(2048, window) == seen.reshape(4, 512, 4, 512).any(axis=(1, 3)).mean()
+  assert tpu_share(100, 0) == pytest.approx(1.28**2)
 
 
 @pytest.mark.parametrize(

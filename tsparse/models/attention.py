@@ -20,7 +20,7 @@ numbers that nobody reads), and head_dim may be any number.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +68,12 @@ def attention(
   Returns:
     [B, T, N, H] in the dtype of `query`.
   """
-  rule = Rule(window if window < query.shape[1] else 0, (scalar or query.shape[-1]) ** -0.5, cap)
-  return _attention(rule, query, key, value, segment_ids)
+  return _attention(make_rule(query.shape[1], query.shape[-1], window, scalar, cap), query, key, value, segment_ids)
+
+
+def make_rule(time: int, head_dim: int, window: int, scalar: int, cap: float) -> Rule:
+  """The rule for rows of `time` tokens. Arguments are those of `attention`."""
+  return Rule(window if window < time else 0, (scalar or head_dim) ** -0.5, cap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,11 +109,19 @@ def _gradient(lowering: Callable) -> Callable:
 def _by_platform(rule: Rule, make: Callable, query: Array, key: Array, *others: Array) -> Array | tuple[Array, ...]:
   """make(lowering)(query, key, *others) by the lowering of the platform compiled for."""
   by_xla = make(functools.partial(xla_attention, rule))
-  kernels = {"tpu": tpu_attention, "cuda": cuda_attention} if _splits(query, key) else {}
-  if rule.window or rule.cap or query.dtype.itemsize > 2:
-    kernels.pop("cuda", None)
-  by_kernel = {name: _per_device(make(functools.partial(kernel, rule))) for name, kernel in kernels.items()}
+  by_kernel = {
+    platform: _per_device(make(functools.partial(kernel, rule)))
+    for platform, kernel in {"tpu": tpu_attention, "cuda": cuda_attention}.items()
+    if has_kernel(platform, rule, query.dtype) and _splits(query, key)
+  }
   return lax.platform_dependent(query, key, *others, **by_kernel, default=by_xla)
+
+
+def has_kernel(platform: str, rule: Rule, dtype: Any) -> bool:
+  """Whether `platform` (tpu, cuda, cpu) has a kernel that holds no scores; `dtype` is that of the queries."""
+  return platform == "tpu" or (
+    platform == "cuda" and not rule.window and not rule.cap and jnp.dtype(dtype).itemsize == 2
+  )
 
 
 def _splits(query: Array, key: Array) -> bool:
@@ -191,6 +203,15 @@ def cuda_attention(
 def tpu_block(time: int) -> int:
   """Queries, and keys, of a block of splash attention for rows of `time` tokens."""
   return min(TPU_BLOCK, -(-time // 128) * 128)
+
+
+def tpu_share(time: int, window: int) -> float:
+  """Scores that splash attention computes over T^2: all of each block where any is not masked, its padding included."""
+  block = tpu_block(time)
+  blocks = -(-time // block)
+  nearest = [distance * block - block + 1 for distance in range(blocks)]  # of a query and a key of two blocks
+  visited = sum(blocks - i for i, distance in enumerate(nearest) if not window or distance < window)
+  return visited * (block / time) ** 2
 
 
 def _padded(array: Array, block: int) -> Array:

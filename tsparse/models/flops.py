@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 
+from tsparse.models.attention import tpu_share
 from tsparse.models.config import FFNS, ModelConfig, parameter_counts
 
 FLOPS_DEFINITION = (
   "2 for each multiply-add of a matrix product. Forward, for one token: 2 x (weights of attention, head, router and "
   "predictors, and of the FFNs, of routed experts those the token meets), plus 4 L N H T for the scores of attention "
   "and what they weigh, the whole row counted although half is masked; a training step is 3 times that (PaLM, arXiv "
-  "2204.02311, appendix B). `executed` adds what this program does on top: every expert where all are computed, and "
-  "the forward pass of the layers again with remat. `sparse` is `model` with the FFNs times 1 - zero_fraction: where "
-  "the hidden of dReLU is zero so are its gradients; finding the zeros is not counted"
+  "2204.02311, appendix B). `executed` is what this program does: every expert where all are computed, the head and "
+  "the scores again in the backward pass, with remat `full` all layers again; on TPU only the blocks of scores that "
+  "are not masked whole, but 11 products of them in a step, not 8. `sparse` is `model` with the FFNs times "
+  "1 - zero_fraction: where the hidden of dReLU is zero so are its gradients; finding the zeros is not counted"
 )
 
 
@@ -35,20 +37,26 @@ def forward_flops(config: ModelConfig, seq_len: int, every_expert: bool = False)
   }
 
 
-def training_flops(config: ModelConfig, tokens: int, seq_len: int, zero_fraction: float) -> Mapping[str, float]:
+def training_flops(
+  config: ModelConfig, tokens: int, seq_len: int, zero_fraction: float, platform: str = "cpu"
+) -> Mapping[str, float]:
   """Operations of a training step over `tokens` tokens: model, executed and sparse. See FLOPS_DEFINITION.
 
-  With remat "dots" the outputs of the weight matrices are kept, and only the scores of attention are computed again.
+  With remat "dots" or "none" the outputs of the weight matrices are kept.
   """
   needed = forward_flops(config, seq_len)
   done = forward_flops(config, seq_len, every_expert=config.moe_impl == "dense")
-  layers = sum(done.values()) - done["head"]
-  scores = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
-  # the blocks of the cross-entropy are computed again whatever the layers do
-  again = done["head"] + {"none": 0, "dots": scores, "full": layers}[config.remat]
+  layer = 4 * config.num_heads * config.head_dim * seq_len
+  scores = layer * config.num_layers
+  others = sum(done.values()) - scores  # what multiplies weights
+  if platform == "tpu":  # 2 products forward, in the backward pass these again and 4 + 3 in its two kernels
+    attention = layer * 11 / 2 * sum(tpu_share(seq_len, window) for window in config.windows)
+  else:  # 2 forward, 2 again, 4 backward
+    attention = 4 * scores
+  again = done["head"] if config.remat != "full" else others
   ffn = sum(needed[name] for name in FFNS)
   return {
     "model": 3 * tokens * sum(needed.values()),
-    "executed": tokens * (3 * sum(done.values()) + again),
+    "executed": tokens * (3 * others + again + attention),
     "sparse": 3 * tokens * (sum(needed.values()) - zero_fraction * ffn),
   }

@@ -1,40 +1,61 @@
 """Bytes a training step needs per device, estimated before anything is allocated, and what the machine has."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from tsparse.errors import UserError
+from tsparse.models.attention import has_kernel, make_rule
 from tsparse.models.config import ModelConfig
 from tsparse.models.loss import BLOCKS
 from tsparse.train.step import TrainState
 
 
-def activation_bytes(model: ModelConfig, tokens: int, seq_len: int) -> int:
+def activation_bytes(
+  model: ModelConfig, tokens: int, seq_len: int, platform: str, tensor: int = 1, expert: int = 1
+) -> int:
   """Activations of the forward and backward pass over `tokens` tokens on one device, an estimate.
 
   Counted: what each layer keeps for the backward pass (with remat "full" its input only), the working set of one layer
-  (projections, attention scores, the hidden of the experts a token is routed to, or of all with moe_impl "dense"), and
-  one block of the logits with its gradient in float32. Not counted: the room "ep_allgather" and "ep_ragged_a2a" keep
-  for the tokens of their group. XLA's fusions and temporaries make the true figure differ by some tens of percent.
+  (projections, attention scores or, of a kernel, their log-sums, the hidden of the experts a token is routed to, or of
+  all with moe_impl "dense"), and one block of the logits with its gradient in float32. XLA's fusions and temporaries
+  make the true figure differ by some tens of percent.
+
+  Args:
+    model: the model.
+    tokens: of one microbatch on one device.
+    seq_len: T.
+    platform: tpu, cuda or cpu, whose attention is used.
+    tensor: devices that share heads, neurons and vocabulary.
+    expert: devices that share the experts; with "ep_allgather" and "ep_ragged_a2a" each has room for all tokens of all
+      of them, as often as they can be sent there (models/dispatch.py).
   """
   width = 2 if model.dtype == "bfloat16" else 4
   s = model.sizes
   experts = max(1, model.num_experts if model.moe_impl == "dense" else model.experts_per_token)
-  projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"])) * width
-  scores = s["N"] * seq_len * (4 + width)  # float32 scores and the weights that meet the values
-  neurons = max(experts * s["F"] + model.num_shared_experts * model.shared_d_ff, model.dense_d_ff)
-  hidden = (3 + bool(model.predictor_ranks)) * neurons * width  # gate, up, hidden, and the predictor's mask
-  outputs = {"none": projections + scores + hidden, "dots": projections + hidden, "full": s["D"] * width}[model.remat]
-  working = 2 * (projections + scores + hidden)
-  logits = 2 * 4 * s["V"] // BLOCKS
-  return tokens * (model.num_layers * outputs + working + logits)
+  if expert > 1 and model.moe_impl.startswith("ep_"):
+    rooms, experts = expert, min(experts, model.num_experts // expert)
+  else:
+    rooms = 1
+  projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"]) // tensor) * width
+  rules = {make_rule(seq_len, s["H"], window, 0, model.attention_softcap) for window in model.windows}
+  held = all(has_kernel(platform, rule, model.dtype) for rule in rules)
+  # float32 scores and the weights that meet the values, or the log-sum of a kernel, a register's row for each
+  scores = s["N"] // tensor * (4 * 128 if held else seq_len * (4 + width))
+  neurons = max(experts * s["F"] * rooms + model.num_shared_experts * model.shared_d_ff, model.dense_d_ff)
+  hidden = (3 + bool(model.predictor_ranks)) * neurons // tensor * width  # gate, up, hidden, and the predictor's mask
+  slots = 2 * experts * rooms * s["D"] * width if model.num_experts else 0  # inputs and outputs of the experts
+  kept = s["D"] * width if model.remat == "full" else projections + hidden + slots
+  working = 2 * (projections + scores + hidden + slots)
+  logits = 2 * 4 * s["V"] // BLOCKS // tensor
+  return tokens * (model.num_layers * kept + working + logits)
 
 
 def training_bytes(
-  model: ModelConfig, target: TrainState, rows: int, seq_len: int, microbatches: int
+  model: ModelConfig, target: TrainState, rows: int, seq_len: int, platform: str, mesh: Mapping[str, int]
 ) -> dict[str, int]:
   """Bytes per device: parameters, gradients, optimizer (exact, from their shardings) and activations (estimated).
 
@@ -43,7 +64,8 @@ def training_bytes(
     target: abstract state with shardings.
     rows: rows of one microbatch on one device.
     seq_len: T.
-    microbatches: above 1 the sum of the gradients is a second copy of them.
+    platform: see `activation_bytes`.
+    mesh: length of each of its axes.
   """
 
   def held(tree):
@@ -52,9 +74,9 @@ def training_bytes(
   parameters = held(target.params)
   return {
     "parameters": parameters,
-    "gradients": parameters * (1 if microbatches == 1 else 2),
+    "gradients": parameters,
     "optimizer": held(target.opt_state),
-    "activations": activation_bytes(model, rows * seq_len, seq_len),
+    "activations": activation_bytes(model, rows * seq_len, seq_len, platform, mesh["tensor"], mesh["expert"]),
   }
 
 

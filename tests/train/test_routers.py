@@ -47,8 +47,7 @@ def test_a_balanced_router_has_a_balance_loss_of_1_and_one_that_knows_one_expert
 
 def moe(**settings):
   config = small(**settings)
-  config.model.update({"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16})
-  config.model.update({"dense_layers": 1, "dense_d_ff": 32, "num_layers": 3})
+  config.model.update({"num_experts": 4, "experts_per_token": 2})
   return config
 
 
@@ -67,7 +66,8 @@ def test_losses_and_noise_do_not_depend_on_the_mesh():
 
 @functools.cache
 def model(remat="full"):
-  return Transformer(dataclasses.replace(model_config(moe()), remat=remat))
+  config = dataclasses.replace(model_config(moe()), num_layers=3, dense_layers=1, dense_d_ff=32, remat=remat)
+  return Transformer(config)
 
 
 @functools.cache

@@ -47,6 +47,7 @@ TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"
 MATMUL = 2048  # rows and columns of the product that measures a CPU's peak
 # Threads of a trace whose events are the work, by platform; the others show the same time once more.
 WORK = {"gpu": "Stream", "tpu": "XLA Ops", "cpu": "tf_XLA"}
+WAITING = "ThunkExecutor", "SlinkyThreadPool"  # on a CPU: what lies around and between operations
 
 
 def model_of(name: str) -> Any:
@@ -121,7 +122,7 @@ def kernels(trace: Iterable[dict[str, Any]], platform: str) -> dict[str, float]:
   for event in trace:
     if event.get("name") == "thread_name":
       names[event["pid"], event["tid"]] = event["args"]["name"]
-    elif event.get("ph") == "X":
+    elif event.get("ph") == "X" and not event["name"].startswith(WAITING):
       lanes[event["pid"], event["tid"]].append((event["ts"], -event["dur"], event["name"]))
   own = collections.Counter()
   for lane, events in lanes.items():

@@ -1,22 +1,67 @@
 """The benchmarks run, on sizes that say nothing about speed."""
 
 import json
+import runpy
 import subprocess
 import sys
+
+import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
 
 
-def test_the_benchmark_of_experts_runs(tmp_path):
-  sizes = ["--tokens=64", "--d_model=16", "--width=32", "--repeats=1", f"--json={tmp_path / 'moe.json'}"]
-  done = subprocess.run(
-    [sys.executable, "benchmarks/moe.py", *sizes], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-  )
+def run(script, *arguments, out):
+  """What the benchmark printed, and the rows of its JSON."""
+  command = [sys.executable, f"benchmarks/{script}", *arguments, f"--json={out}"]
+  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
-  rows = json.loads((tmp_path / "moe.json").read_text())["rows"]
+  return done, json.loads(out.read_text())["rows"]
+
+
+def test_the_benchmark_of_experts_runs(tmp_path):
+  sizes = ["--tokens=64", "--d_model=16", "--width=32", "--repeats=1"]
+  done, rows = run("moe.py", *sizes, out=tmp_path / "moe.json")
   layers = ["dense FFN", "ragged", "ep_allgather", "ep_ragged_a2a", "dense"]
   assert [(row["experts"], row["layer"]) for row in rows] == [(experts, name) for experts in (8, 64) for name in layers]
   measured = [row for row in rows if row["layer"] != "ep_ragged_a2a"]  # XLA has no such collective on CPU
   assert all(row["forward_ratio"] > 0 and row["gradient_ratio"] > 0 for row in measured)
   assert done.stdout.count("cannot run on this platform") == 2
   assert done.stdout.count("ep_allgather") == 2
+
+
+def test_the_benchmark_of_training_does_the_same_work_on_both_sides(tmp_path):
+  """It fails by itself when the first step's loss or gradient norm are not those of transformers."""
+  size = "L2,D32,F64,N4,K2,H8,V64,T32,B2"
+  done, rows = run("train.py", f"--size={size}", "--experts=4", "--repeats=1", out=tmp_path / "train.json")
+  assert [row["model"] for row in rows] == ["dense", "4 experts"] and all(row["size"] == size for row in rows)
+  for row in rows:
+    speed = row["tokens_per_second"]
+    assert row["ratio"] == pytest.approx(speed["ours"] / speed["theirs"])
+    assert row["limit_tokens_per_second"] > max(speed.values()) and 4.0 < row["loss"] < 5.0  # ln V is 4.2
+  assert done.stdout.count(size) == 2
+
+
+def test_the_benchmark_of_utilisation_runs_without_an_accelerator_and_says_so(tmp_path):
+  arguments = ["--batch_size=2", "--seq_len=16", "--steps=1"]
+  done, rows = run("mfu.py", *arguments, out=tmp_path / "mfu.json")
+  assert [row["model"] for row in rows] == ["tiny", "tiny_moe"] and "this says nothing of one" in done.stdout
+  for row in rows:
+    assert row["batch"] == [2, 16] and len(row["kernels"]) == 5 and "just now" in row["peak_source"]
+    assert row["mfu"] == pytest.approx(row["flops"]["model"] / row["seconds_per_step"] / row["peak_flops"])
+    shares = [kernel["share"] for kernel in row["kernels"]]
+    assert 0 < sum(shares) <= 1 and shares == sorted(shares, reverse=True)
+
+
+def test_a_kernel_is_charged_for_its_own_time_alone():
+  def event(name, start, seconds, thread):
+    return {"ph": "X", "pid": 1, "tid": thread, "ts": 1e6 * start, "dur": 1e6 * seconds, "name": name}
+
+  def thread(number, name):
+    return {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": name}}
+
+  trace = [
+    thread(1, "Stream #13"), thread(2, "XLA Modules"), event("module", 0, 9, 2),
+    event("while", 0, 5, 1), event("gemm", 1, 2, 1), event("softmax", 3, 1, 1), event("gemm", 6, 3, 1),
+  ]  # fmt: skip
+  script = runpy.run_path(str(ROOT / "benchmarks" / "mfu.py"), run_name="mfu")
+  assert script["kernels"](trace, "gpu") == {"gemm": 5.0, "while": 2.0, "softmax": 1.0}

@@ -305,6 +305,31 @@ def test_the_clock_leaves_out_what_is_not_a_step(monkeypatch):
   assert slow == [(KNOWN + 2, (pytest.approx(10.1), pytest.approx(1.0)))]
 
 
+def test_time_spent_on_data_counts_unless_a_step_outlasts_it(monkeypatch):
+  class Result:
+    def __init__(self, ready):
+      self.is_ready = lambda: ready
+
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  clock = Clock()
+  for running, seconds in ((None, 1.0), (Result(True), 2.0), (Result(False), 4.0)):
+    with clock.waiting(running):
+      now[0] += seconds
+  now[0] += 3.0
+  assert clock.waited_fraction() == 0.3
+  now[0] += 1.0
+  assert clock.waited_fraction() == 0.0
+
+
+def test_a_run_that_waits_for_its_data_says_so(text, tmp_path, monkeypatch):
+  ask = TrainIterator.__next__
+  monkeypatch.setattr(TrainIterator, "__next__", lambda self: (time.sleep(0.5), ask(self))[1])
+  go(small(text, steps=6, checkpoint_every=100), tmp_path)
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  assert max(line.get("data_wait_fraction", 0) for line in lines) > 0.5
+
+
 def test_metrics_wait_for_a_disk_that_is_full(tmp_path, monkeypatch):
   warnings = []
   writer = MetricWriter(tmp_path, 0, warnings.append)

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Iterator
 
+import jax
+
 SLOW = 10  # times the median
 KNOWN = 8  # steps before there is a median to speak of
 KEPT = 64  # steps that it is taken over
@@ -46,14 +48,19 @@ class Clock:
     self._last = time.monotonic()
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """A context whose time counts as waiting for data."""
+  def waiting(self, running: jax.Array | None) -> Iterator[None]:
+    """A context that gets the next batch. Its time counts unless the step before outlasts it, and so hides it.
+
+    Args:
+      running: a result of the step that was dispatched last; None where there is nothing to hide behind.
+    """
     entered = time.monotonic()
     yield
-    self._waited += time.monotonic() - entered
+    if running is None or running.is_ready():
+      self._waited += time.monotonic() - entered
 
   def waited_fraction(self) -> float:
-    """Share of the time since the last call that was spent waiting for data."""
+    """Share of the time since the last call in which the devices may have waited for data, at most."""
     now = time.monotonic()
     fraction = self._waited / (now - self._logged)
     self._waited, self._logged = 0.0, now

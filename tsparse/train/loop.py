@@ -234,7 +234,7 @@ def run_steps(
       StopRequest(mesh, console) as stop,
     ):
       for step in range(start.step + 1, settings.steps + 1):
-        with clock.waiting():
+        with clock.waiting(unread["metrics"]["loss"] if unread else None):
           batch = sharding.place(next(data), mesh)
         state, metrics = train_step(state, batch)
         stopping = stop.agreed()

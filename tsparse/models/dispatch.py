@@ -33,12 +33,16 @@ Dispatch = Callable[[Array, Array, int], Slots]
 
 
 def at_home(chosen: Array, weights: Array, experts: int) -> Slots:
-  """Nothing travels. A choice at or above `experts` is of none of them."""
-  k = chosen.shape[1]
+  """Nothing travels. A choice at or above `experts` is of none of them.
+
+  The choices of a token differ, so that at most min(k, E) of them are of experts here: so many slots there are.
+  """
+  n, k = chosen.shape
   order, inverse = _sort(chosen.reshape(-1))
+  order = order[: n * min(k, experts)]
 
   def deliver(out: Array) -> Array:
-    out = _permute(out, inverse, order).reshape(*chosen.shape, -1)  # [n, k, D]
+    out = _permute(out, inverse, order).reshape(n, k, -1)  # [n, k, D]
     return jnp.sum(out * weights[..., None].astype(out.dtype), axis=1)
 
   sizes = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(experts), axis=0, dtype=jnp.int32)
@@ -106,29 +110,37 @@ def _sort(keys: Array) -> tuple[Array, Array]:
   return order, inverse
 
 
+def _take(x: Array, index: Array) -> Array:
+  """x[index], 0 where `index` is beyond the rows of x."""
+  return x.at[index].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def _permute(x: Array, order: Array, inverse: Array) -> Array:
-  """x[order]. Its gradient is a gather by the inverse permutation: the scatter JAX would make is serial on CPU."""
+  """x[order], and 0 where there is no such row; `inverse` is the way back.
+
+  The gradient is a gather by the inverse permutation: the scatter JAX would make is serial on CPU.
+  """
   del inverse
-  return x[order]
+  return _take(x, order)
 
 
 _permute.defvjp(
-  lambda x, order, inverse: (x[order], inverse),
-  lambda inverse, dout: (dout[inverse], None, None),
+  lambda x, order, inverse: (_take(x, order), inverse),
+  lambda inverse, dout: (_take(dout, inverse), None, None),
 )
 
 
 def _to_slots(x: Array, order: Array, inverse: Array, k: int) -> Array:
-  """x [n, D] -> [n k, D]: each row once for each of its choices, in the order of the slots."""
+  """x [n, D] -> [S, D]: each row once for each of its choices, in the order of the slots."""
 
   @jax.custom_vjp
-  def gathered(x: Array, order: Array, inverse: Array) -> Array:
+  def slots(x: Array, order: Array, inverse: Array) -> Array:
     del inverse
     return x[order // k]
 
-  gathered.defvjp(
+  slots.defvjp(
     lambda x, order, inverse: (x[order // k], inverse),
-    lambda inverse, dout: (dout[inverse].reshape(-1, k, dout.shape[-1]).sum(1), None, None),
+    lambda inverse, dout: (_take(dout, inverse).reshape(-1, k, dout.shape[-1]).sum(1), None, None),
   )
-  return gathered(x, order, inverse)
+  return slots(x, order, inverse)

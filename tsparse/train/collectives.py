@@ -7,7 +7,7 @@ import re
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 DEFINITION = (
   "collectives a device takes part in during one step, loops multiplied by their trip counts, and the bytes of their "
-  "results on that device"
+  "results on that device; of a TPU's all-reduce-scatter, which is counted as reduce-scatter, those of its operand"
 )
 BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end in their width
 
@@ -46,8 +46,9 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     for number, line in enumerate(bodies.get(name, ())):
       if found := COLLECTIVE.search(line):
         shapes, kind, start = found.groups()
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
         channel = CHANNEL.search(line)
-        size = result_bytes(shapes, halves=bool(start) and kind != "all-reduce")
+        size = result_bytes(shapes, halves=bool(start) and found[2] != "all-reduce")
         parts = {(kind, channel[1] if channel else f"{name} {number}"): (1, size)}
       elif loop := WHILE.search(line):
         parts = inside(loop[2])

@@ -153,7 +153,8 @@ RUN = str([line for line in readme_commands() if "run.py" in line])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if f"configs/{name}.py" not in RUN])
 def test_every_other_config_runs_or_says_why_this_machine_cannot(name, tmp_path):
   small = [*SMALL, "--config.train.steps=6"] if name.startswith("tiny") else []
-  done = run(f"--config=configs/{name}.py", f"--workdir={tmp_path}/run", *small)
+  mesh = ["--config.mesh.expert=1"] if name == "mixtral_drelu" else []  # this is one device
+  done = run(f"--config=configs/{name}.py", f"--workdir={tmp_path}/run", *small, *mesh)
   if small:
     assert done.returncode == 0, done.stderr
     assert "activated" in done.stdout and (tmp_path / "run" / "report" / "report.html").exists()

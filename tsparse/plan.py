@@ -33,7 +33,8 @@ ROOFLINE_DEFINITION = (
 )
 MEMORY_DEFINITION = (
   "bytes on one chip; `estimate` is our own count, `compiler` what the compiler laid out: arguments are parameters, "
-  "optimizer and batch, temporaries are gradients, activations and everything else"
+  "optimizer and batch, temporaries are gradients, activations and everything else, not all at the same time; peak is "
+  "the most that is held at a time (no figure of a real device where devices are virtual)"
 )
 OUT_OF_MEMORY = re.compile(r"Ran out of memory (?:on|in memory space) hbm[^\n]*", re.IGNORECASE)
 
@@ -63,7 +64,11 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
   held = compiled.memory_analysis()
   return {
     "seconds": time.monotonic() - start,
-    "memory": {"arguments": held.argument_size_in_bytes, "temporaries": held.temp_size_in_bytes},
+    "memory": {
+      "arguments": held.argument_size_in_bytes,
+      "temporaries": held.temp_size_in_bytes,
+      "peak": held.peak_memory_in_bytes,
+    },
     "collectives": collectives(compiled.as_text()),
   }
 

@@ -49,6 +49,19 @@ def test_loops_multiply_and_starts_count_their_result():
   }
 
 
+def test_a_fusion_that_keeps_a_part_of_an_all_reduce_is_a_reduce_scatter():
+  hlo = """%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %r = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add
+  ROOT %s = f32[2]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (a: f32[8]) -> f32[2] {
+  ROOT %f = f32[2]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+  assert collectives(hlo) == {"reduce-scatter": {"count": 1, "bytes": 32}}
+
+
 def test_parts_of_one_asynchronous_collective_are_one():
   """A TPU's fusions name it at its start, at its end and between."""
   part = "%{0} (p: f32[2]) -> f32[4] {{\n  %g = f32[4]{{0}} all-gather(%p), channel_id={1}, dimensions={{0}}\n}}\n\n"

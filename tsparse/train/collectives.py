@@ -7,7 +7,8 @@ import re
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 DEFINITION = (
   "collectives a device takes part in during one step, loops multiplied by their trip counts, and the bytes of their "
-  "results on that device (of a ragged-all-to-all the whole buffer, the most that may arrive)"
+  "results on that device; of a ragged-all-to-all the whole buffer, the most that may arrive; of a TPU's "
+  "all-reduce-scatter, which is counted as reduce-scatter, those of its operand"
 )
 BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end in their width
 
@@ -49,8 +50,9 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
     for number, line in enumerate(bodies.get(name, ())):
       if found := COLLECTIVE.search(line):
         shapes, kind, start = found.groups()
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
         origin = ORIGIN.search(line)
-        size = result_bytes(shapes, halves=bool(start) and kind != "all-reduce")
+        size = result_bytes(shapes, halves=bool(start) and found[2] != "all-reduce")
         parts = {(kind, " ".join(filter(None, origin.groups())) if origin else f"{name} {number}"): (1, size)}
       elif loop := WHILE.search(line):
         parts = inside(loop[2])

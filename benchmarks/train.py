@@ -139,61 +139,70 @@ def theirs(config: Any, seq_len: int, batch_size: int, folder: Path) -> tuple[Ca
   return step, lambda: left @ left
 
 
-def serve(side: Callable, threads: int, connection: Any, arguments: tuple):
-  """A process of one side: answers each of "step" and "product" with its result and its seconds, until None."""
+def serve(side: Callable, threads: int, connection: Any):
+  """A process of one side: makes what it is given the arguments of; times a "step" or a "product"; ends at None."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+  import numpy as np
+
   os.environ |= {"OMP_NUM_THREADS": str(threads), "NPROC": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-  functions = dict(zip(("step", "product"), side(*arguments), strict=True))
-  connection.send("ready")
+  functions = {}
   while asked := connection.recv():
-    start = time.perf_counter()
-    result = functions[asked]()
-    seconds = time.perf_counter() - start
-    connection.send((result if asked == "step" else None, seconds))
+    start, used, result = time.perf_counter(), time.process_time(), None
+    if isinstance(asked, tuple):
+      functions = dict(zip(("step", "product"), side(*asked), strict=True))
+    else:
+      result = functions[asked]()
+    seconds = time.perf_counter() - start, time.process_time() - used
+    connection.send((result if asked == "step" else None, np.array(seconds)))
 
 
-def measure(size: str, experts: int) -> dict[str, Any]:
-  """One row of the table: both sides on one model, step by step in turns, each in a process of its own."""
+class Side:
+  """One side, in a process of its own."""
+
+  def __init__(self, side: Callable):
+    spawn = multiprocessing.get_context("spawn")
+    self._connection, end = spawn.Pipe()
+    self._process = spawn.Process(target=serve, args=(side, THREADS.value, end), daemon=True)
+    self._process.start()
+    end.close()
+
+  def ask(self, what: Any) -> tuple[Any, Any]:
+    """The result of what `serve` understands, and its seconds: by the clock, and of all cores."""
+    try:
+      self._connection.send(what)
+      return self._connection.recv()
+    except (EOFError, BrokenPipeError):
+      raise RunFailure("one side ended, and says above why.") from None
+
+
+def measure(size: str, experts: int, sides: dict[str, Side]) -> dict[str, Any]:
+  """One row of the table: both sides on one model, step by step in turns."""
   from tsparse.models.flops import training_flops
 
   config, seq_len, batch_size = model_of(size, experts, REMAT.value)
   count = seq_len * batch_size
   flops = training_flops(config, count, seq_len, 0.0)
-  spawn = multiprocessing.get_context("spawn")
-  connections, processes = {}, []
   with tempfile.TemporaryDirectory(prefix="tsparse-train-") as folder:
-    for side in (ours, theirs):
-      connections[side.__name__], end = spawn.Pipe()
-      arguments = (side, THREADS.value, end, (config, seq_len, batch_size, Path(folder)))
-      processes.append(spawn.Process(target=serve, args=arguments, daemon=True))
-      processes[-1].start()
-      end.close()
-      connections[side.__name__].recv()  # the other side reads what ours has written
-
-  def ask(name: str, what: str) -> tuple[Any, float]:
-    connections[name].send(what)
-    return connections[name].recv()
-
-  first = {name: ask(name, "step")[0] for name in connections}
+    for side in sides.values():  # the second reads what the first has written
+      side.ask((config, seq_len, batch_size, Path(folder)))
+  first = {name: side.ask("step")[0] for name, side in sides.items()}
   for what, mine, other in zip(("loss", "gradient norm"), first["ours"], first["theirs"], strict=True):
     if abs(mine - other) > TOLERANCE * abs(other):
       raise RunFailure(f"the first step's {what} is {mine} here and {other} there: this is not the same work.")
-  seconds = {(name, what): [] for name in connections for what in ("step", "product")}
+  seconds = {(name, what): [] for what in ("step", "product") for name in sides}
   for _ in range(REPEATS.value):
     for name, what in seconds:
-      seconds[name, what].append(ask(name, what)[1])
-  for connection, process in zip(connections.values(), processes, strict=True):
-    connection.send(None)
-    process.join()
-  least = {key: min(times) for key, times in seconds.items()}
-  peak = 2 * MATMUL**3 / min(least[name, "product"] for name in connections)
-  speed = {name: count / least[name, "step"] for name in connections}
+      seconds[name, what].append(sides[name].ask(what)[1])
+  least = {key: [min(column) for column in zip(*pairs, strict=True)] for key, pairs in seconds.items()}
+  peak = 2 * MATMUL**3 / min(least[name, "product"][0] for name in sides)
+  speed = {name: count / least[name, "step"][0] for name in sides}
   return {
-    "model": f"{config.num_experts} experts" if experts else "dense",
+    "model": f"{experts} experts" if experts else "dense",
     "size": size,
     "loss": first["ours"][0],
     "tokens_per_second": speed,
     "ratio": speed["ours"] / speed["theirs"],
+    "core_ratio": least["theirs", "step"][1] / least["ours", "step"][1],
     "peak_flops": peak,
     "limit_tokens_per_second": peak / (flops["model"] / count),
     "executed_over_model": flops["executed"] / flops["model"],
@@ -202,15 +211,19 @@ def measure(size: str, experts: int) -> dict[str, Any]:
 
 def main():
   """Measures, prints the table, writes the JSON."""
-  rows = [measure(size, experts) for size in SIZE.value for experts in (0, EXPERTS.value)]
+  for size in SIZE.value:
+    model_of(size, EXPERTS.value, REMAT.value)  # a UserError comes before anything is started
+  sides = {"ours": Side(ours), "theirs": Side(theirs)}
+  rows = [measure(size, experts, sides) for size in SIZE.value for experts in (0, EXPERTS.value)]
   print(f"float32, {THREADS.value} threads each, remat {REMAT.value}; tokens/s of the fastest of {REPEATS.value} steps")
-  print(f"{'':12}{'torch':>9}{'tsparse':>9}{'ratio':>7}{'limit':>9}  size")
+  print(f"{'':12}{'torch':>9}{'tsparse':>9}{'ratio':>7}{'cores':>7}{'limit':>9}  size")
   for row in rows:
     speed = row["tokens_per_second"]
     print(
       f"{row['model']:12}{speed['theirs']:9,.0f}{speed['ours']:9,.0f}{row['ratio']:7.2f}"
-      f"{row['limit_tokens_per_second']:9,.0f}  {row['size']}"
+      f"{row['core_ratio']:7.2f}{row['limit_tokens_per_second']:9,.0f}  {row['size']}"
     )
+  print("ratio: of tokens/s; cores: of tokens for each second of a core, which another load on the machine spares")
   peaks = ", ".join(f"{row['peak_flops'] / 1e9:.0f}" for row in rows)
   print(
     "limit: tokens/s if all operations of the model (models/flops.py, nothing twice) were as fast as one large product "

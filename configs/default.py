@@ -50,6 +50,9 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.eval_every = 200  # steps between losses on held-out text
   config.train.eval_batches = 4  # batches of config.analysis.batch_size rows it is measured on
 
+  config.phases = ConfigDict()  # what is trained after this, with other data or settings: tsparse/stages.py
+  config.phases.order = ""  # names of phases that the config states as config.phases.NAME, "one,two"
+
   config.mesh = ConfigDict()  # the product is the number of devices; -1 takes what the others leave
   config.mesh.data = 1  # rows are split, parameters are copied
   config.mesh.fsdp = -1  # rows and parameters are split

@@ -21,7 +21,8 @@ from tsparse.errors import UserError
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-  "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+  "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+  "{{ '\n' }}{% endfor %}"
 )
 CHATS = [
   [("user", "Name a fruit."), ("assistant", "An apple, or two pears?")],

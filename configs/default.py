@@ -19,7 +19,9 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.model = ConfigDict(model)  # fields: tsparse/models/config.py
 
   config.data = ConfigDict()
-  config.data.train = "stdlib"  # a file or folder of text, or the name of a task or mixture (tsparse/data/mixtures.py)
+  config.data.train = (
+    "stdlib"  # a file or folder of text, chat:FILE, or the name of a task or mixture (data/mixtures.py)
+  )
   config.data.validation = ""  # the same, or "" for the held-out split of `train`
   config.data.mixture = ""  # "name:weight,name:weight" in place of `train`: shares of the tokens of such names
   config.data.root = ""  # folder or bucket (gs://...) with the sources of a mixture

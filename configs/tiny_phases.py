@@ -2,8 +2,9 @@
 
   python experiments/run.py --config=configs/tiny_phases.py
 
-2 CPU cores, 3 minutes. The report has the model after each phase, with its loss on prose and on code. A phase for
-conversations would be {"order": "sft", "sft": {"tokens": ..., "data": {"train": "chat:FILE", "mixture": ""}}}.
+2 CPU cores, about 3 minutes (tiny_drelu takes 2 for three quarters of the tokens). The report has the model after each
+phase, with its loss on prose and on code. A phase of conversations would be
+{"order": "sft", "sft": {"tokens": ..., "data": {"train": "chat:FILE", "mixture": ""}}}.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ def get_config(activation="drelu"):
   config = default.get_config("drelu_300m" if activation == "drelu" else f"drelu_300m_{activation}", preset="300m")
   config.activation = activation
   config.smaller = "configs/tiny_drelu.py"
-  config.data.train = ""  # a folder of fineweb as .jsonl
+  config.data.train = ""  # a folder of fineweb, as .parquet or .jsonl
   config.data.vocabulary = ""  # the Llama-2 SentencePiece model
   config.train.steps = 19_073
   config.train.batch_size = 128

@@ -2,8 +2,9 @@
 
   python experiments/analyze.py --model=M [--model=M ...] --data=D --out=DIR
 
-M is a workdir of ours or a Hugging Face directory; several are put side by side. D is a .jsonl or .txt file or a folder
-of them, all of which is evaluated, or a seqio task or mixture, of which the validation split is.
+M is a workdir of ours or a Hugging Face directory; several are put side by side. D is a file of text (.jsonl, .txt,
+.jsonl.gz, .jsonl.zst, .parquet) or a folder of them, all of which is evaluated, or a task or mixture (of
+tsparse/data/mixtures.py or seqio), of which the validation split is, as a whole and source by source.
 """
 
 import sys
@@ -18,6 +19,8 @@ from tsparse.errors import UserError
 
 MODEL = flags.DEFINE_multi_string("model", [], "A workdir of ours or a Hugging Face directory; may be repeated.")
 DATA = flags.DEFINE_string("data", None, "The text to evaluate on.")
+ROOT = flags.DEFINE_string("root", "", "Folder or bucket with the sources of a mixture.")
+TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of .jsonl lines and .parquet columns, that holds the text.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
 LEVELS = flags.DEFINE_list("levels", "0,0.5,0.8,0.85,0.9", "Shares of the hidden that are masked, each in [0, 1).")
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
@@ -47,6 +50,8 @@ def main():
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
     eos=EOS.value,
+    root=ROOT.value,
+    text_field=TEXT_FIELD.value,
   )
 
 

@@ -96,8 +96,22 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
 
 
 def test_a_moe_from_random_parameters_is_one_model_with_zeros_by_expert(text, tmp_path):
-  (model,) = experiment.run(small(text, tiny_moe_drelu), tmp_path / "run", quiet())["models"]
+  (tmp_path / "other.txt").write_text(text.read_text())  # one document, of which nothing is held out
+  config = small(text, tiny_moe_drelu)
+  config.data.mixture, config.data.root = f"{text.name}:1,{tmp_path}/other.txt:3,stdlib_docs:2", str(tmp_path)
+  analysis = experiment.run(config, tmp_path / "run", quiet())
+  (model,) = analysis["models"]
   assert model["name"] == "trained" and [len(layer) for layer in model["zero_fraction"]["per_expert"]] == [4, 4]
+
+  # of a mixture: what was drawn, and how good the model is on each source that holds out something
+  assert [source["name"] for source in model["sources"]] == [text.name, "stdlib_docs"]
+  assert [source["target"] for source in analysis["sources"]] == pytest.approx([1 / 6, 1 / 2, 1 / 3])
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  last = [line for line in lines if "loss" in line][-1]
+  assert last["data/stdlib_docs/tokens"] == analysis["sources"][2]["tokens"] > 0 and last["data/fill"] == 1
+  assert f"validation_loss/{text.name}" in lines[-1]
+  page = (tmp_path / "run" / "report" / "report.html").read_text()
+  assert "What training drew from each source" in page and "Held-out loss by source" in page
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text, tmp_path):
@@ -134,6 +148,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("init", "/nowhere", "holds no model"),
     ("data.train", "nothing.jsonl", "Cannot read"),
     ("data.train", "stdlb", "did you mean 'stdlib'"),
+    ("data.train", "turbosparse_150b", "15 of 15 sources are missing"),
+    ("data.mixture", "stdlib:1,gsm8k:-1", "has negative weights"),
+    ("data.lanes", 3, "8 rows cannot be made by 3 lanes"),
+    ("data.skip_bad", -1, "config.data.skip_bad is -1"),
     ("data.vocabulary", "no.model", "no.model"),
   ],
 )

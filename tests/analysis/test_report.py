@@ -38,7 +38,20 @@ def analysis(*models):
 
 
 LEVELS = (0.0, 0.5, 0.9)
+MIXTURE = analysis(
+  *(
+    model(name, "drelu", 7.25, 0.6, ())
+    | {"sources": [{"name": s, "loss": 1.25, "zero_fraction": 0.5} for s in held_out]}
+    for name, held_out in (("base", ["web", "code"]), ("swapped", ["web"]))
+  )
+) | {
+  "sources": [
+    {"name": n, "category": "c", "tokens": 1500, "share": w, "target": w, "epochs": e, "skipped": 3, "malformed": m}
+    for n, w, e, m in (("web", 0.75, 1.5, 0), ("code", 0.25, None, 2))
+  ]
+}
 CASES = {
+  "mixture": MIXTURE,
   "relufy": analysis(
     model("base", "swiglu", 4.4816, 0.0, LEVELS),
     model("swapped", "drelu", 13359.7, 0.4812, ()),
@@ -49,6 +62,14 @@ CASES = {
   "many": analysis(*(model(f"runs/turbosparse_{i}", "drelu", 7.25, 0.6, LEVELS, trained_tokens=i) for i in range(5))),
   "broken": analysis(model("trained", "drelu", float("inf"), float("nan"), LEVELS)),
 }
+
+
+def test_a_mixture_has_its_sources_in_two_tables():
+  loss, drawn = report.tables(MIXTURE)[-2:]
+  assert loss.columns == ["source", "base loss", "base zeros", "swapped loss", "swapped zeros"]
+  assert loss.rows == [["web", "1.250", "50.0%", "1.250", "50.0%"], ["code", "1.250", "50.0%", "", ""]]
+  assert drawn.rows[0] == ["web", "c", "1.50K", "75.00%", "75.00%", "1.50", "3"]
+  assert drawn.rows[1] == ["code", "c", "1.50K", "25.00%", "25.00%", "unknown", "3 and 2 malformed"]
 
 
 def printed(analysis):

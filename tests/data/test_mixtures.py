@@ -124,6 +124,21 @@ def test_held_out_text_is_drawn_by_weight_and_by_source(root):
   assert evaluation_by_source(settings(root / "b.jsonl"), seq_len=64, batch_size=2, max_tokens=10**6) == {}
 
 
+def test_a_mixture_that_is_evaluated_on_gives_what_it_holds_out(root):
+  data = settings("", validation="stdlib", root=str(root))
+  assert {split for _, split in resolve.validation(data_settings(data))} == {"validation"}
+  data.validation = str(root / "b.jsonl")
+  assert [split for _, split in resolve.validation(data_settings(data))] == ["all"]
+  write(root / "math" / "train.jsonl", [f"{i} + {i}" for i in range(60)])
+  data.validation = "gsm8k"
+  ((source, split),) = resolve.validation(data_settings(data))
+  assert split == "validation" and 0 < len(source.documents[split]) < 30
+  data.train, data.validation = str(root / "a"), str(root / "c")  # held-out text is elsewhere: all of it is trained on
+  assert [split for _, split in resolve.training(data_settings(data))] == ["all"]
+  data.mixture = "a:1,b.jsonl:1"
+  assert [split for _, split in resolve.training(data_settings(data))] == ["train", "train"]
+
+
 def test_all_that_is_missing_is_told_at_once_with_where_to_get_it(root, monkeypatch, tmp_path):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   write(root / "github_code" / "a.jsonl", [f"x = {i}" for i in range(50)], "code")

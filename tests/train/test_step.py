@@ -10,12 +10,13 @@ import pytest
 
 from configs import default
 from tsparse import sharding
+from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
 from tsparse.models.loss import BLOCKS
-from tsparse.models.transformer import Transformer
+from tsparse.models.transformer import Transformer, token_losses
 from tsparse.train.loop import compiled_step, initial_state, prepare
 from tsparse.train.optimizer import learning_rate, make_optimizer
-from tsparse.train.step import make_train_step, summed_loss
+from tsparse.train.step import TrainState, make_train_step, summed_loss
 
 
 def small(activation="drelu", **train) -> ml_collections.ConfigDict:
@@ -162,6 +163,33 @@ def test_padding_has_no_loss_and_no_gradient():
   other["inputs"] = np.where(other["segment_ids"] > 0, other["inputs"], 9)
   gradient = jax.jit(jax.grad(lambda p, b: summed_loss(p, b, model, 1e-4)[0]))
   jax.tree.map(np.testing.assert_array_equal, gradient(params, one), gradient(params, other))
+
+
+def test_targets_that_are_not_scored_count_neither_in_the_loss_nor_in_its_gradient():
+  config = small(z_loss=0.0)
+  model = Transformer(model_config(config))
+  params = jax.jit(model.init)(jax.random.key(0), *jnp.zeros((3, 1, 2), jnp.int32))["params"]
+  params = jax.tree.map(lambda box: box.unbox(), params, is_leaf=lambda x: hasattr(x, "unbox"))
+  plain = batch(0)
+  mask = np.random.default_rng(1).integers(0, 2, plain["targets"].shape) * (plain["segment_ids"] > 0)
+  masked = plain | {"loss_mask": mask.astype(np.int32)}
+  other = masked | {"targets": np.where(mask, plain["targets"], 7).astype(np.int32)}
+  gradient = jax.jit(jax.grad(lambda p, b: summed_loss(p, b, model, 1e-4)[0]))
+  jax.tree.map(np.testing.assert_array_equal, gradient(params, masked), gradient(params, other))
+
+  nll = np.asarray(jax.jit(lambda p: token_losses(model, p, plain)[0])(params))
+  tx = make_optimizer(config.train, params)
+  step = jax.jit(make_train_step(model, tx, learning_rate(config.train), z_loss=0.0, microbatches=2))
+  state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+  found, whole = step(state, masked)[1], step(state, plain | {"loss_mask": plain["segment_ids"]})[1]
+  np.testing.assert_allclose(found["loss"], nll[mask > 0].mean(), rtol=1e-5)
+  np.testing.assert_allclose(whole["loss"], nll[plain["segment_ids"] > 0].mean(), rtol=1e-5)
+  assert found["tokens"] == whole["tokens"] and found["zero_fraction"] == whole["zero_fraction"]
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    evaluation = evaluate(model, params, [masked], mesh)
+  assert evaluation.tokens == mask.sum()
+  np.testing.assert_allclose(evaluation.loss, found["loss"], rtol=1e-5)
 
 
 def test_weight_decay_spares_the_norms():

@@ -14,7 +14,14 @@ from tsparse import files, sharding, workdir
 from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
-from tsparse.data import DataSettings, EvaluationSet, evaluation_batches, load_tokenizer, same_tokenizer
+from tsparse.data import (
+  DataSettings,
+  EvaluationSet,
+  evaluation_batches,
+  evaluation_by_source,
+  load_tokenizer,
+  same_tokenizer,
+)
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, parameter_counts
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -83,19 +90,23 @@ def run(
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
+  root: str = "",
+  text_field: str = "text",
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
 
   Args:
     models: each a workdir of ours or a Hugging Face directory; each is evaluated by its own vocabulary.
-    data: a D: all of a file or folder, the validation split of a seqio task or mixture.
+    data: a D: all of a file or folder, the validation split of a task or mixture (and of its sources, one by one).
     out: must not exist, or be empty.
     levels: sparsities of the masked-perplexity curve.
     tokens: as many whole documents as hold so many tokens are evaluated.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for 512, or the least that a model is made for.
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
+    root: folder or bucket with the sources of a mixture.
+    text_field: of files, that holds the text.
     console: where progress and tables are printed.
 
   Raises:
@@ -120,13 +131,14 @@ def run(
     _check_fits(model, mesh)
   eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
-    texts = _texts(stored, data, eos, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
+    settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
+    texts = _texts(stored, settings, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
 
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
     cases = [
-      Case(name, model, model.config, text, _described(data, text), levels)
-      for name, model, text in zip(names, stored, texts, strict=True)
+      Case(name, model, model.config, text, _described(data, text), levels, by_source)
+      for name, model, (text, by_source) in zip(names, stored, texts, strict=True)
     ]
     analysis = analyze_cases(cases, mesh, console)
     facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
@@ -174,9 +186,11 @@ def _described(data: str, text: EvaluationSet) -> str:
   return f"{data} ({', '.join(parts)})" if parts else data
 
 
-def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[EvaluationSet]:
-  """The batches of each model, tokenized once for each vocabulary."""
-  known: list[tuple[Any, EvaluationSet]] = []
+def _texts(
+  stored: Sequence[Model], data: DataSettings, **sizes
+) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
+  """The batches of each model, of the whole and of each source, tokenized once for each vocabulary."""
+  known: list[tuple[Any, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
   result = []
   for model in stored:
     vocabulary = load_tokenizer(model.vocabulary)
@@ -187,8 +201,8 @@ def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[Ev
       )
     found = next((text for other, text in known if same_tokenizer(other, vocabulary)), None)
     if found is None:
-      source = DataSettings(train="", validation=data, vocabulary=model.vocabulary, eos=eos)
-      found = evaluation_batches(source, **settings)
+      own = dataclasses.replace(data, vocabulary=model.vocabulary)
+      found = evaluation_batches(own, **sizes), evaluation_by_source(own, **sizes)
       known.append((vocabulary, found))
     result.append(found)
   return result

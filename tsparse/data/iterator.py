@@ -46,9 +46,14 @@ def check_data(data: Any, model_vocab_size: int):
     raise UserError(
       f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
     )
-  for source, _ in (*resolve.training(data), *resolve.validation(data)):
+  for source, _ in resolve.validation(data):
     if not source.documents:
       resolve.seqio_task(source, data.vocabulary)
+  for source, split in resolve.training(data):
+    if not source.documents:  # of a task only its documents tell whether it works
+      stream = TaskStream(resolve.seqio_task(source, data.vocabulary), split, None, 0, 0, data.lanes)
+      stream.next_piece()
+      stream.state()
   resolve.check_disjoint(data)
 
 

@@ -35,6 +35,8 @@ class Source:
     task: name of a seqio task, or "" for files.
     tfds: (NAME:VERSION, feature) of a TFDS dataset, or None.
     chat: whether documents are conversations.
+    whole: whether it is a file or folder that is a D by itself: all of it is evaluated on, and trained on where the
+      held-out text is elsewhere. A source of a mixture always keeps its splits apart.
   """
 
   name: str
@@ -44,6 +46,7 @@ class Source:
   task: str = ""
   tfds: tuple[str, str] | None = None
   chat: bool = False
+  whole: bool = False
 
   def splits(self) -> list[str]:
     """What it can be asked for."""
@@ -66,8 +69,7 @@ def training(data: DataSettings) -> list[tuple[Source, str]]:
   Raises:
     UserError: a D is unknown, missing, unreadable or malformed, or the weights are.
   """
-  whole = bool(data.validation)
-  return [(source, _split(source, "train", whole)) for source in _sources(data)]
+  return [(source, _training_split(source, data)) for source in _sources(data)]
 
 
 def validation(data: DataSettings) -> list[tuple[Source, str]]:
@@ -76,26 +78,23 @@ def validation(data: DataSettings) -> list[tuple[Source, str]]:
   Raises:
     UserError: as `training`, or there is none.
   """
-  if data.validation:
-    sources = resolve(data.validation, data)
-    return [(source, _split(source, "validation", True)) for source in sources]
-  sources = _sources(data)
+  sources = resolve(data.validation, data) if data.validation else _sources(data)
+  if data.validation and sources[0].whole:
+    return [(sources[0], "all")]
   found = [(source, "validation") for source in sources if "validation" in source.splits()]
   if not found:
     raise UserError(_nothing_held_out(sources[0]))
   return _renormalized(found)
 
 
-def _split(source: Source, split: str, whole: bool) -> str:
-  """`split`, or "all" of files where nothing need be or can be held out."""
+def _training_split(source: Source, data: DataSettings) -> str:
+  """The split to train on: "all" of files of which nothing need be or can be held out."""
   available = source.splits()
-  if "all" in available and (whole or split not in available):
+  if "all" in available and ((source.whole and data.validation) or "train" not in available):
     return "all"
-  if split in available:
-    return split
-  raise UserError(
-    f"The data {source.name!r} has no split {split!r}, only {', '.join(available)}; set data.validation to another."
-  )
+  if "train" in available:
+    return "train"
+  raise UserError(f"The data {source.name!r} has no split 'train', only {', '.join(available)}; name another.")
 
 
 def _nothing_held_out(source: Source) -> str:
@@ -112,7 +111,7 @@ def _nothing_held_out(source: Source) -> str:
 
 def check_disjoint(data: DataSettings):
   """Raises UserError where everything that is held out is trained on too."""
-  if not data.validation:
+  if not data.validation or not (data.train or data.mixture):
     return
   held_out = [source.documents[split].crc for source, split in validation(data) if source.documents]
   trained = [source.documents[split].crc for source, split in training(data) if source.documents]
@@ -173,7 +172,7 @@ def _mixed(title: str, parts: Sequence, data: DataSettings, missing: list[str] |
     except Missing as e:
       absent.append((name, e.line))
       continue
-    found += [dataclasses.replace(source, weight=weight * source.weight) for source in sources]
+    found += [dataclasses.replace(source, weight=weight * source.weight, whole=False) for source in sources]
   if absent and not (data.allow_missing and found):
     lines = "; ".join(line for _, line in absent)
     raise UserError(
@@ -222,7 +221,7 @@ def resolve(name: str, data: DataSettings, missing: list[str] | None = None) -> 
   path = _path(name.removeprefix(PREFIX), data)
   if path is not None:
     documents = documents_of(path, data, _chat(data) if chat else "")
-    return [Source(name, documents=held_out_splits(documents), chat=chat)]
+    return [Source(name, documents=held_out_splits(documents), chat=chat, whole=True)]
   known = [*MIXTURES, *stdlib.TASKS, *tasks.registered(), *declared]
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean {nearest[0]!r}? " if nearest else ""

@@ -101,6 +101,7 @@ class Documents:
     return f"{len(self)} documents of crc32 {zlib.crc32(self.crc.tobytes()):08x}"
 
 
+@functools.lru_cache(maxsize=64)  # the splits are copies, and asked for again and again
 def held_out_splits(documents: Documents) -> dict[str, Documents]:
   """Splits `train` and `validation` by the text of each document, beside `all`; only `all` where one would be empty."""
   held_out = documents.crc % VALIDATION_SHARE == 0

@@ -113,7 +113,7 @@ class TaskStream:
     epochs: int | None = None,
   ):
     self._open: Callable[[], Any] = lambda: _iterate(task, split, seed, lane, lanes, epochs)
-    self._title = f"The seqio task {task.name!r}: its shard {lane} of {lanes}"
+    self._title, self._shard = f"The seqio task {task.name!r}: its", f"shard {lane} of {lanes}"
     self._endless = epochs is None
     self._without_eos = without_eos
     self._iterator: list[Any] = []
@@ -130,13 +130,16 @@ class TaskStream:
         if example is None:
           if self._endless:
             raise UserError(
-              f"{self._title} has no documents; read it by fewer lanes, --config.data.lanes, or give it more documents."
+              f"{self._title} {self._shard} has no documents; read it by fewer lanes, --config.data.lanes, or give it "
+              "more documents."
             )
           return None
         self.taken += 1
         tokens, mask = example["targets"], example.get("loss_mask")
         if mask is not None and len(mask) != len(tokens):
-          raise UserError(f"{self._title} gave {len(tokens)} targets and {len(mask)} of loss_mask: make them as long.")
+          raise UserError(
+            f"{self._title} {self._shard} gave {len(tokens)} targets and {len(mask)} of loss_mask: make them as long."
+          )
         if self._without_eos is not None and len(tokens) and tokens[-1] == self._without_eos:
           tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
         if len(tokens):
@@ -146,7 +149,14 @@ class TaskStream:
     """[documents taken, position of tf.data's iterator in base64]."""
     if not self._started:
       return [0, ""]
-    state = self._tensorflow().save()
+    with silent_stderr():
+      try:
+        state = self._tensorflow().save()
+      except load_tensorflow()[1].errors.OpError as e:
+        raise UserError(
+          f"{self._title} position cannot be saved ({e.message.strip()}), so that training on it could not be resumed; "
+          "write its documents into files, or make its pipeline of stateless tf.data operations."
+        ) from e
     return [self.taken, base64.b64encode(state.numpy() if hasattr(state, "numpy") else state).decode()]
 
   def restore(self, state: list[Any]):

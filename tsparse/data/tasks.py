@@ -125,7 +125,9 @@ def _task(title: str, source, text_of, vocabulary: str, chat: bool = False):
       ],
       output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)}
       | ({"loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32)} if chat else {}),
-      shuffle_buffer_size=1,  # the source shuffles all documents; a buffer of texts here would only swell saved states
+      # Our source shuffles all documents, TFDS did when it built its files, which are shuffled each epoch: a buffer of
+      # texts here would only swell saved states.
+      shuffle_buffer_size=1,
     )
   return seqio.TaskRegistry.get(name)
 

@@ -19,7 +19,9 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.model = ConfigDict(model)  # fields: tsparse/models/config.py
 
   config.data = ConfigDict()
-  config.data.train = "stdlib"  # a file or folder of text, or the name of a task or mixture (tsparse/data/mixtures.py)
+  config.data.train = (
+    "stdlib"  # a file or folder of text, chat:FILE, or the name of a task or mixture (data/mixtures.py)
+  )
   config.data.validation = ""  # the same, or "" for the held-out split of `train`
   config.data.mixture = ""  # "name:weight,name:weight" in place of `train`: shares of the tokens of such names
   config.data.root = ""  # folder or bucket (gs://...) with the sources of a mixture
@@ -53,6 +55,9 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.keep_checkpoints = 2
   config.train.eval_every = 200  # steps between losses on held-out text
   config.train.eval_batches = 4  # batches of config.analysis.batch_size rows it is measured on
+
+  config.phases = ConfigDict()  # what is trained after this, with other data or settings: tsparse/stages.py
+  config.phases.order = ""  # names of phases that the config states as config.phases.NAME, "one,two"
 
   config.mesh = ConfigDict()  # the product is the number of devices; -1 takes what the others leave
   config.mesh.data = 1  # rows are split, parameters are copied

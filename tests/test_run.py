@@ -114,6 +114,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
       name = Path(words[2]).stem
       words += [] if "repeat.py" in line else [*SMALL, "--config.train.steps=6"]
       words += ["--config.base.train.steps=6"] * (name == "tiny_relufy")
+      words += ["--config.phases.code.tokens=1500"] * (name == "tiny_phases")
       words += [] if "--workdir" in line else [f"--workdir={tmp_path}/runs/{name}"]
     words += [f"--out={tmp_path}/plan.json"] * (script == "plan.py")
     result = run(*words[2:], script=script)

@@ -1,12 +1,11 @@
 """One experiment from its config: check, train or ReLUfy, analyse, report. `experiments/run.py` calls `run`."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, ev
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.progress import warn
+from tsparse.stages import Stage, describe_phase, phases_of, stages_of
 from tsparse.train import checkpoint, resume
 from tsparse.train.loop import train
 
@@ -33,7 +33,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   """Does what `config` says in `workdir`, resuming whatever is there; returns the content of analysis.json.
 
   With `config.init` the model starts from that workdir's parameters. With `config.base` and no init, a base is trained
-  first, in WORKDIR/base. Either way the activation is swapped to `config.activation`.
+  first, in WORKDIR/base. Either way the activation is swapped to `config.activation`. Then come the phases of
+  `config.phases` (tsparse/stages.py), in WORKDIR/phases.
 
   Raises:
     UserError: the config cannot be run here; nothing was changed.
@@ -42,42 +43,36 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   """
   console = (console or Console()) if hosts.is_main() else Console(quiet=True)
   check_sections(config)
-  base = base_config(config)
-  init = workdir / "base" if base else Path(config.init) if config.init else None
-  stages = [(config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})")]
-  if base:
-    stages.insert(0, (base, workdir / "base", None, f"base ({base.activation})"))
+  stages = stages_of(config, workdir)
   with console.status("reading the data"):
-    for stage, folder, *_ in stages:
+    for stage in stages:
       try:
-        check(stage)
+        check(stage.config)
       except UserError as error:
-        raise UserError(f"config.base: {error}" if stage is base else str(error)) from None
-      workdirs.check_free(folder, stage)
-    mixture = describe(data_settings(config.data))
-  if mixture:
-    console.print(f"data  {mixture}", highlight=False, soft_wrap=True)
+        raise UserError(f"{stage.place}{error}") from None
+      workdirs.check_free(stage.folder, stage.config)
+    texts = held_out_texts(stages, config)
+    lines = [describe(data_settings(config.data))]
+    for phase in phases_of(stages):
+      lines += [describe_phase(phase, config), describe(data_settings(phase.config.data))]
+  for line in dict.fromkeys(filter(None, lines)):
+    console.print(f"data  {line}", highlight=False, soft_wrap=True)
 
   seconds = {}
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as claims:
-    for stage, folder, *_ in stages:
-      hosts.on_main(functools.partial(claims.enter_context, workdirs.claim(folder, stage)))
-    sizes = {
-      "seq_len": config.train.seq_len,
-      "batch_size": config.analysis.batch_size,
-      "max_tokens": config.analysis.tokens,
-    }
-    held_out, by_source = evaluation_batches(config.data, **sizes), evaluation_by_source(config.data, **sizes)
-    for stage, folder, start, title in stages:
+    for stage in stages:
+      hosts.on_main(functools.partial(claims.enter_context, workdirs.claim(stage.folder, stage.config)))
+    for stage in stages:
       began = time.monotonic()
-      quick = held_out.batches[: stage.train.eval_batches]
+      held_out, by_source = texts[stage.name]
+      quick = held_out.batches[: stage.config.train.eval_batches]
       quick_by_source = {name: each.batches[:1] for name, each in by_source.items()}
-      restore = functools.partial(restore_init, start, folder, console) if start else None
-      train(stage, folder, mesh, quick, console, title, restore, quick_by_source)
-      seconds[title] = round(time.monotonic() - began, 1)
+      restore = functools.partial(restore_init, stage.init, stage.folder, console) if stage.init else None
+      train(stage.config, stage.folder, mesh, quick, console, stage.title, restore, quick_by_source)
+      seconds[stage.title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
-    analysis = analyze_stages(config, workdir, init, mesh, held_out, by_source, console)
+    analysis = analyze_stages(stages, texts, mesh, console)
     seconds["analysis"] = round(time.monotonic() - began, 1)
 
     facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
@@ -114,42 +109,56 @@ def open_init(init: Path, workdir: Path) -> Model:
   return open_model(init, json.loads((workdir / "init.json").read_text())["step"])
 
 
-def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
-  """The experiment that trains the base of a ReLUfication, or None when there is an init or no base to train."""
-  if "base" not in config or config.init:
-    return None
-  base = copy.deepcopy(config)
-  base.name = f"{config.name} base"
-  base.activation = config.base.activation
-  base.train.update(config.base.train)
-  with base.unlocked():
-    del base.base
-  return base
+def held_out_texts(
+  stages: Sequence[Stage], config: ml_collections.ConfigDict
+) -> dict[str, tuple[EvaluationSet, dict[str, EvaluationSet]]]:
+  """name of each stage -> the held-out text of its data, and that of each source of a mixture.
+
+  All are in rows of `config.train.seq_len`, so that losses of phases with other contexts compare.
+  """
+  sizes = {
+    "seq_len": config.train.seq_len,
+    "batch_size": config.analysis.batch_size,
+    "max_tokens": config.analysis.tokens,
+  }
+  found = {}
+  for stage in stages:
+    data = stage.config.data
+    if data.to_json() not in found:
+      found[data.to_json()] = evaluation_batches(data, **sizes), evaluation_by_source(data, **sizes)
+  return {stage.name: found[stage.config.data.to_json()] for stage in stages}
 
 
 def analyze_stages(
-  config: ml_collections.ConfigDict,
-  workdir: Path,
-  init: Path | None,
+  stages: Sequence[Stage],
+  texts: Mapping[str, tuple[EvaluationSet, dict[str, EvaluationSet]]],
   mesh: jax.sharding.Mesh,
-  held_out: EvaluationSet,
-  by_source: Mapping[str, EvaluationSet],
   console: Console,
 ) -> dict[str, Any]:
-  """analysis.json of an experiment: the base, the base with its activation swapped, and the model as trained."""
-  model = model_config(config)
-  if init is None:
-    cases = [("trained", open_model(workdir), model.activation, config.analysis.levels)]
+  """analysis.json of an experiment: the base, the base with its activation swapped, the model as trained, each phase.
+
+  All are evaluated on the held-out text of the main stage and, source by source, on those of all stages.
+  """
+  main, phases = next(stage for stage in stages if stage.name == "main"), phases_of(stages)
+  config, model = main.config, model_config(main.config)
+  if main.init is None:
+    cases = [("trained", open_model(main.folder), model.activation, config.analysis.levels)]
   else:
-    start = open_init(init, workdir)
+    start = open_init(main.init, main.folder)
     before = start.config.activation
     cases = [("base", start, before, config.analysis.levels)]
     if before != model.activation:
       cases.append(("swapped", start, model.activation, ()))
     name = "recovered" if before != model.activation else "trained"
-    cases.append((name, open_model(workdir), model.activation, config.analysis.levels))
+    cases.append((name, open_model(main.folder), model.activation, config.analysis.levels))
+  cases += [(phase.name, open_model(phase.folder), model.activation, config.analysis.levels) for phase in phases]
 
-  text = f"{config.data.validation or config.data.mixture or config.data.train} (held out)"
+  held_out, by_source = texts["main"]
+  for phase in phases:
+    whole, parts = texts[phase.name]
+    if whole is not held_out:
+      by_source = (parts or {text_name(phase.config.data): whole}) | by_source
+  text = f"{text_name(config.data)} (held out)"
   analysis = analyze_cases(
     [
       Case(name, stored, dataclasses.replace(model, activation=activation(act).name), held_out, text, levels, by_source)
@@ -158,4 +167,10 @@ def analyze_stages(
     mesh,
     console,
   )
-  return analysis | {"sources": accounts_at(checkpoint.data_position(workdir))}
+  drawn = {phase.name: accounts_at(checkpoint.data_position(phase.folder)) for phase in phases}
+  return analysis | {"sources": accounts_at(checkpoint.data_position(main.folder)), "phases": drawn}
+
+
+def text_name(data: ml_collections.ConfigDict) -> str:
+  """What the held-out text of `config.data` is called."""
+  return data.validation or data.mixture or data.train

@@ -3,6 +3,7 @@
 config.json        the resolved config; `--config=configs/repeat.py:WORKDIR` runs it again elsewhere
 environment.json   versions, git revision, device and command, one entry for each start
 checkpoints/  metrics.jsonl  tensorboard/  report/
+base/  phases/NAME/  workdirs of the other stages (tsparse/stages.py)
 """
 
 import contextlib

@@ -217,7 +217,7 @@ def test_pieces_of_a_document_are_its_tokens(text, size):
   encoder = Encoder(encoder.encode, encoder.eos, encoder.own_space, size)
   got, place = [], 0
   while place < len(text) or not got:
-    tokens, place = encoder.piece(text, place)
+    tokens, _, place = encoder.piece(text, place)
     got += tokens.tolist()
     assert len(tokens) <= 4 * size + 1
   assert got == [*BYTES.encode(text).tolist(), 1]
@@ -232,7 +232,7 @@ def test_pieces_of_real_text_are_the_tokens_of_the_whole(name, shared_data):
   encoder = Encoder(encoder.encode, encoder.eos, True, 2000)
   got, place, pieces = [], 0, 0
   while place < len(text):
-    tokens, place = encoder.piece(text, place)
+    tokens, _, place = encoder.piece(text, place)
     got, pieces = got + tokens.tolist(), pieces + 1
   assert pieces > 20 and got == [*tokenizer.encode(text), tokenizer.eos]
 

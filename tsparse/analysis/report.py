@@ -133,7 +133,7 @@ def tables(analysis: dict) -> list[Table]:
 
 
 def _source_tables(analysis: dict) -> list[Table]:
-  """Of a mixture: loss and zeros of every model on what each source holds out, and what was drawn from each."""
+  """Of mixtures: loss and zeros of every model on what each source holds out, and what each stage drew from each."""
   result = []
   models = [m for m in analysis["models"] if m.get("sources")]
   if models:
@@ -146,17 +146,22 @@ def _source_tables(analysis: dict) -> list[Table]:
         row += [_loss(found["loss"]), _share(found["zero_fraction"])] if found else ["", ""]
       rows.append(row)
     result.append(Table("Held-out loss by source of the data, nats per token", columns, rows, group=2))
-  drawn = analysis.get("sources") or []
-  if len(drawn) > 1 or any(source["malformed"] for source in drawn):
-    columns = ["source", "category", "tokens drawn", "share", "target", "epochs", "lines skipped"]
-    rows = []
-    for source in drawn:
-      epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
-      skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
-      share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
-      rows.append([source["name"], source["category"], _count(source["tokens"]), share, target, epochs, skipped])
-    result.append(Table("What training drew from each source", columns, rows, labels=2))
+  drawn = {"training": analysis.get("sources") or []} | {f"phase {k}": v for k, v in analysis.get("phases", {}).items()}
+  for stage, sources in drawn.items():
+    if len(drawn) > 1 or len(sources) > 1 or any(source["malformed"] for source in sources):
+      result.append(_drawn_table(f"What {stage} drew from each source", sources))
   return result
+
+
+def _drawn_table(title: str, sources: list[dict]) -> Table:
+  columns = ["source", "category", "tokens drawn", "share", "target", "epochs", "lines skipped"]
+  rows = []
+  for source in sources:
+    epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
+    skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
+    share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
+    rows.append([source["name"], source["category"], _count(source["tokens"]), share, target, epochs, skipped])
+  return Table(title, columns, rows, labels=2)
 
 
 def notes(analysis: dict) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 DEFINITIONS = {
   "data_tokens": "tokens of a source that were drawn to be trained on, end-of-text tokens included; its share is of "
-  "those of all sources, and its target the weight it was given",
+  "those of all sources, and its target the weight it was given; of conversations all tokens count, though the loss is "
+  "of the assistant's alone",
   "data_epochs": "documents of a source that were drawn, over the documents it has to train on",
   "data_fill": "share of the places of training rows that hold a token; a document is cut at the end of a row and goes "
   "on in the next, so that none is lost: nothing is padded and nothing truncated",

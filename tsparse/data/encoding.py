@@ -74,16 +74,23 @@ class Encoder:
   own_space: bool
   size: int
 
-  def piece(self, text: str, start: int) -> tuple[np.ndarray, int]:
-    """The tokens, int32 [n], of the piece of `text` from `start`, and where the next begins; EOS is after the last."""
+  def open(self, text: str) -> str:
+    """What `piece` takes, of a document as it is read: the text itself."""
+    return text
+
+  def piece(self, text: str, start: int) -> tuple[np.ndarray, None, int]:
+    """The tokens, int32 [n], of the piece of `text` from `start`, and where the next begins; EOS is after the last.
+
+    Between them is the loss mask: None, all tokens count (`chat.ChatEncoder` has others).
+    """
     end = start + self.size
     if end >= len(text):
       ids = self.encode(text[start:] if start else text)
       tail = [] if self.eos is None else [self.eos]
-      return np.concatenate([np.asarray(ids, np.int32), np.asarray(tail, np.int32)]), len(text)
+      return np.concatenate([np.asarray(ids, np.int32), np.asarray(tail, np.int32)]), None, len(text)
     cut = next((m.start() for m in SPACE.finditer(text, start + self.size // 2, end)), None)
     ids = np.asarray(self.encode(text[start : end if cut is None else cut]), np.int32)
-    return ids, end if cut is None else cut + self.own_space
+    return ids, None, end if cut is None else cut + self.own_space
 
 
 def make_encoder(tokenizer: Tokenizer, eos: bool, seq_len: int) -> Encoder:

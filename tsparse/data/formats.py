@@ -1,6 +1,7 @@
 """The formats documents come in: every document of a file with its place, or what is wrong with it.
 
   .jsonl      a JSON object on each line, the text in one of its fields         read where it lies
+              (or in several: a conversation, see `chat`)
   .txt        the whole file is one document                                    read where it lies
   .jsonl.gz, .jsonl.zst, .parquet (the text in a column), and any of these in a bucket: unpacked once, see `sources`
 
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from tsparse.data.chat import FIELDS, WANTED, Chat, hint
 from tsparse.data.tensorflow import load_tensorflow
 from tsparse.errors import UserError
 
@@ -57,19 +59,21 @@ def open_bytes(path: str):
   return path_of(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
-def read_items(path: str, field: str) -> Iterator[Item]:
+def read_items(path: str, field: str | Chat) -> Iterator[Item]:
   """Every document of a file, one after the other, in memory that only the largest decides.
 
   Args:
     path: ends in one of SUFFIXES.
-    field: of each line or row that holds the text.
+    field: of each line or row that holds the text; or how its conversation is read.
 
   Raises:
     OSError: the file cannot be read.
     UserError: it is damaged, or of another kind than its name says.
   """
   with open_bytes(path) as f:
-    if path.endswith(".txt"):
+    if path.endswith(".txt") and isinstance(field, Chat):
+      raise UserError(f"{path} is plain text and conversations are asked for: name files of another format.")
+    elif path.endswith(".txt"):
       data = f.read()
       yield Item(0, len(data), _checked(data, path))
     elif path.endswith(".jsonl"):
@@ -79,6 +83,8 @@ def read_items(path: str, field: str) -> Iterator[Item]:
         yield from _lines(lines, path, field)
     elif path.endswith(".jsonl.zst"):
       yield from _zstandard(f, path, field)
+    elif path.endswith(".parquet") and isinstance(field, Chat):
+      yield from _conversations(f, path, field)
     elif path.endswith(".parquet"):
       yield from _parquet(f, path, field)
     else:
@@ -93,14 +99,14 @@ def _damage(path: str, *kinds: type[Exception]):
     raise UserError(f"{path} is damaged ({e}); fetch or make it again.") from e
 
 
-def _lines(f, path: str, field: str) -> Iterator[Item]:
+def _lines(f, path: str, field: str | Chat) -> Iterator[Item]:
   offset = 0
   for number, line in enumerate(f, start=1):
     yield Item(offset, len(line), _text_of_line(line, f"{path}:{number}", field) if line.strip() else b"")
     offset += len(line)
 
 
-def _zstandard(f, path: str, field: str) -> Iterator[Item]:
+def _zstandard(f, path: str, field: str | Chat) -> Iterator[Item]:
   import io
 
   import zstandard  # here: few need it
@@ -108,6 +114,22 @@ def _zstandard(f, path: str, field: str) -> Iterator[Item]:
   with _damage(path, zstandard.ZstdError):
     stream = zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True)
     yield from _lines(io.BufferedReader(stream), path, field)
+
+
+def _conversations(f, path: str, chat: Chat) -> Iterator[Item]:
+  import pyarrow as pa  # here: few need it
+  import pyarrow.parquet as pq
+
+  with _damage(path, pa.ArrowException, UnicodeDecodeError):
+    table = pq.ParquetFile(f)
+    columns = [name for name in table.schema_arrow.names if name in FIELDS]
+    if not columns:
+      raise UserError(f"{path} has only the columns {', '.join(table.schema_arrow.names)}; {WANTED}.")
+    row = 0
+    for batch in table.iter_batches(batch_size=ROWS, columns=columns):
+      for record in batch.to_pylist():
+        row += 1
+        yield Item(0, 0, chat.text_of(record, f"Row {row} of {path}"))
 
 
 def _parquet(f, path: str, field: str) -> Iterator[Item]:
@@ -147,18 +169,22 @@ def _checked(data: bytes, place: str) -> bytes | UserError:
   return data
 
 
-def _text_of_line(line: bytes, place: str, field: str) -> bytes | UserError:
-  wanted = f'each line must be a JSON object with a string field "{field}"'
+def _text_of_line(line: bytes, place: str, field: str | Chat) -> bytes | UserError:
+  chat = isinstance(field, Chat)
+  wanted = WANTED if chat else f'each line must be a JSON object with a string field "{field}"'
   try:
     record = json.loads(line.decode())
   except UnicodeDecodeError as e:
     return UserError(f"{place} is not UTF-8 at byte {e.start}; convert it to UTF-8.")
   except (ValueError, RecursionError) as e:  # also a number too long, or brackets too deep, to be read
     return UserError(f"{place} is not JSON ({e}); {wanted}.")
+  if chat:
+    return field.text_of(record, place)
   if not isinstance(record, dict) or field not in record:
     found = f"fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
     return UserError(
       f'{place} has no field "{field}" ({found}); {wanted}, or name its field in --config.data.text_field.'
+      + hint(record)
     )
   if not isinstance(record[field], str):
     return UserError(f'The field "{field}" of {place} is a {type(record[field]).__name__}; {wanted}.')
@@ -166,3 +192,9 @@ def _text_of_line(line: bytes, place: str, field: str) -> bytes | UserError:
     return record[field].encode()
   except UnicodeEncodeError:
     return UserError(f'The field "{field}" of {place} is not valid Unicode (a lone surrogate); {wanted}.')
+
+
+def document_of(data: bytes, field: str | Chat) -> bytes:
+  """What an Item's text was, of the same line read again."""
+  record = json.loads(data)
+  return field.text_of(record, "") if isinstance(field, Chat) else record[field].encode()

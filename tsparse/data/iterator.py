@@ -11,6 +11,7 @@ import numpy as np
 
 from tsparse.data import resolve
 from tsparse.data.accounting import pack, unpack
+from tsparse.data.chat import ChatEncoder
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
 from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
@@ -217,12 +218,13 @@ def _mixer(
 ) -> Mixer:
   tokenizer = load_tokenizer(data.vocabulary)
   encoder = make_encoder(tokenizer, data.eos, seq_len)
+  chat = ChatEncoder(tokenizer, encoder)
   streams: list[Stream] = []
   lengths = []
   for number, (source, split) in enumerate(chosen):
     if source.documents:
       documents = source.documents[split]
-      streams.append(FileStream(documents, encoder, (seed, number), lane, lanes, epochs))
+      streams.append(FileStream(documents, chat if source.chat else encoder, (seed, number), lane, lanes, epochs))
       bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
       lengths.append(min(documents.length.mean(), encoder.size) / bytes_per_token)
     else:
@@ -239,7 +241,8 @@ class EvaluationSet:
   Attributes:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape.
     documents: how many documents they hold.
-    tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target.
+    tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
+      conversations all, though only some are scored.
     split: of the data they are; "all" for a file or folder that is not split.
     complete: whether they are all of the split; if not, the limit of tokens was reached.
     vocabulary: whose ids they are, as `load_tokenizer` takes it.
@@ -300,6 +303,11 @@ def _evaluation_set(
   if not tokens:
     raise UserError(
       f"The validation data {chosen[0][0].name!r} has no text in split {split!r}; set data.validation to another."
+    )
+  if not any(piece.mask.any() for piece in documents):
+    raise UserError(
+      f"The first {tokens} tokens of the validation data {chosen[0][0].name!r} hold nothing an assistant says, so that "
+      "there is nothing to score; evaluate on more tokens, config.analysis.tokens, or set data.validation to another."
     )
   packer = Packer(iter(documents), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
   rows = list(_rows(packer))

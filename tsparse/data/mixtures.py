@@ -19,6 +19,7 @@ class Declared:
     files: path under the root.
     validation: path under the root of held-out documents; "" for one document in 20 of `files`.
     tfds: NAME:VERSION of the TensorFlow Datasets dataset that it is, read where there are no files.
+    format: "text", or "chat" for conversations (`chat`), of which the assistant's turns count in the loss.
   """
 
   name: str
@@ -29,6 +30,7 @@ class Declared:
   files: str = ""
   validation: str = ""
   tfds: str = ""
+  format: str = "text"
 
 
 PILE = "of the Pile, EleutherAI/pile (the collection is MIT, its texts have their own licences)"
@@ -81,4 +83,25 @@ STORIES_MIXTURE = (
   ),
 )  # fmt: skip
 
-MIXTURES = {"turbosparse_150b": TURBOSPARSE_150B, "stories_mixture": STORIES_MIXTURE}
+# What the paper names of its SFT data ("including"); the weights are not printed: equal ones are taken.
+MESSAGES = 'as lines of {"messages": [{"role", "content"}, ...]}'
+TURBOSPARSE_SFT = (
+  Declared(
+    "orca_math", "chat", 0.5, "microsoft/orca-math-word-problems-200k on the Hugging Face hub (MIT), its question and "
+    f"answer {MESSAGES}", format="chat",
+  ),
+  Declared("bagel", "chat", 0.5, f"the SFT part of jondurbin/bagel on GitHub, {MESSAGES}", format="chat"),
+)  # fmt: skip
+
+STORIES_SFT = (
+  Declared(
+    "instructions", "chat", 1.0, f"instructions (CC BY-NC), {TEST_DATA}", files="sft/train.jsonl", format="chat"
+  ),
+)
+
+MIXTURES = {
+  "turbosparse_150b": TURBOSPARSE_150B,
+  "turbosparse_sft": TURBOSPARSE_SFT,
+  "stories_mixture": STORIES_MIXTURE,
+  "stories_sft": STORIES_SFT,
+}

@@ -1,7 +1,8 @@
 """From the name of a D to its sources: what is drawn from, in which shares, and which documents are held out.
 
 A D is, in this order: a mixture of `mixtures`, one of their sources, one of our stdlib tasks, a task or mixture of
-seqio's registry, or a file or folder, as it is written or under `config.data.root`.
+seqio's registry, or a file or folder, as it is written or under `config.data.root`, after "chat:" one of conversations
+(`chat`).
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tsparse.data import stdlib, tasks
+from tsparse.data.chat import PREFIX, Chat, has_markers
+from tsparse.data.encoding import load_tokenizer
 from tsparse.data.formats import LISTED, SUFFIXES, is_remote, path_of
 from tsparse.data.mixtures import MIXTURES, Declared
 from tsparse.data.settings import DataSettings
@@ -31,6 +34,7 @@ class Source:
     documents: {split: documents} of files; empty for a seqio task.
     task: name of a seqio task, or "" for files.
     tfds: (NAME:VERSION, feature) of a TFDS dataset, or None.
+    chat: whether documents are conversations.
     whole: whether it is a file or folder that is a D by itself: all of it is evaluated on, and trained on where the
       held-out text is elsewhere. A source of a mixture always keeps its splits apart.
   """
@@ -41,6 +45,7 @@ class Source:
   documents: Mapping[str, Documents] = dataclasses.field(default_factory=dict)
   task: str = ""
   tfds: tuple[str, str] | None = None
+  chat: bool = False
   whole: bool = False
 
   def splits(self) -> list[str]:
@@ -212,15 +217,22 @@ def resolve(name: str, data: DataSettings, missing: list[str] | None = None) -> 
     return [dataclasses.replace(_stdlib(task, data), weight=1 / len(members)) for task in members]
   if name in tasks.registered():
     return [Source(task, rate, task=task) for task, rate in tasks.members(name)]
-  path = _path(name, data)
+  chat = name.startswith(PREFIX)
+  path = _path(name.removeprefix(PREFIX), data)
   if path is not None:
-    return [Source(name, documents=held_out_splits(documents_of(path, data)), whole=True)]
+    documents = documents_of(path, data, _chat(data) if chat else "")
+    return [Source(name, documents=held_out_splits(documents), chat=chat, whole=True)]
   known = [*MIXTURES, *stdlib.TASKS, *tasks.registered(), *declared]
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean {nearest[0]!r}? " if nearest else ""
   raise UserError(
-    f"Unknown data {name!r}: {hint}name a {LISTED} file, a folder of them, or a task or mixture ({', '.join(known)})."
+    f"Unknown data {name!r}: {hint}name a {LISTED} file, a folder of them, {PREFIX}FILE for conversations, or a task "
+    f"or mixture ({', '.join(known)})."
   )
+
+
+def _chat(data: DataSettings) -> Chat:
+  return Chat(spelled=not has_markers(load_tokenizer(data.vocabulary)))
 
 
 def _stdlib(task: str, data: DataSettings) -> Source:
@@ -247,13 +259,14 @@ def _path(name: str, data: DataSettings) -> str | None:
 def _declared(source: Declared, data: DataSettings) -> Source:
   """A source of a mixture, by itself; Missing where it is not there."""
   root = path_of(data.root) if data.root else None
-  files = source.files or source.name
+  files, chat = source.files or source.name, source.format == "chat"
+  field = _chat(data) if chat else source.field
   if root is not None and (root / files).exists():
-    splits = held_out_splits(documents_of(str(root / files), data, source.field))
+    splits = held_out_splits(documents_of(str(root / files), data, field))
     if source.validation and (root / source.validation).exists():
-      held_out = documents_of(str(root / source.validation), data, source.field)
+      held_out = documents_of(str(root / source.validation), data, field)
       splits = {"train": splits["all"], "validation": held_out}
-    return Source(source.name, category=source.category, documents=splits)
+    return Source(source.name, category=source.category, documents=splits, chat=chat)
   if source.tfds and tasks.tfds_is_built(source.tfds):
     return Source(source.name, category=source.category, tfds=(source.tfds, source.field))
   place = f"{root / files}" if root is not None else f"{files} of config.data.root, which is not set"
@@ -269,7 +282,7 @@ def seqio_task(source: Source, vocabulary: str):
   if source.tfds:
     return tasks.tfds_task(*source.tfds, vocabulary)
   title = source.name if source.name.isidentifier() else "files"  # seqio's names are of letters, digits, _ and .
-  return tasks.files_task(title, source.documents, vocabulary)
+  return tasks.files_task(title, source.documents, vocabulary, source.chat)
 
 
 def seqio_provider(name: str, data: DataSettings):

@@ -12,7 +12,6 @@ import array
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import zlib
 from pathlib import Path
@@ -22,6 +21,7 @@ from absl import logging
 
 from tsparse.data import formats
 from tsparse.data.cache import cache_folder, new_file
+from tsparse.data.chat import Chat
 from tsparse.data.settings import DataSettings
 from tsparse.errors import UserError
 
@@ -38,12 +38,12 @@ class File:
   Attributes:
     path: where; of an unpacked file, its copy in the cache.
     state: size and modification time in ns that it must have.
-    field: of each JSON line that holds the text; "" where the bytes are the text.
+    field: of each JSON line that holds the text, or how its conversation is read; "" where the bytes are the text.
   """
 
   path: str
   state: tuple[int, int]
-  field: str
+  field: str | Chat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Documents:
         data = f.read(self.length[index])
     except OSError as e:
       raise UserError(f"Cannot read {file.path} any more: {e.strerror}; put it back and start again.") from e
-    return json.loads(data)[file.field].encode() if file.field else data
+    return formats.document_of(data, file.field) if file.field else data
 
   def where(self, chosen: np.ndarray) -> "Documents":
     """The documents where `chosen`, bool [n], is true."""
@@ -111,7 +111,7 @@ def held_out_splits(documents: Documents) -> dict[str, Documents]:
   return splits
 
 
-def read_documents(path: str, field: str = "text", skip_bad: int = 0, cache: str = "") -> Documents:
+def read_documents(path: str, field: str | Chat = "text", skip_bad: int = 0, cache: str = "") -> Documents:
   """Indexes a file or a folder of them, here or in a bucket; every document is read and checked once.
 
   Args:
@@ -137,7 +137,7 @@ def read_documents(path: str, field: str = "text", skip_bad: int = 0, cache: str
   return _documents(tuple(files), tuple(states), field, skip_bad, cache)
 
 
-def documents_of(path: str, data: DataSettings, field: str = "") -> Documents:
+def documents_of(path: str, data: DataSettings, field: str | Chat = "") -> Documents:
   """`read_documents` as `config.data` says."""
   return read_documents(path, field or data.text_field, data.skip_bad, data.cache)
 
@@ -170,7 +170,7 @@ def _files_under(folder: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _documents(files: tuple, states: tuple, field: str, skip_bad: int, cache: str) -> Documents:
+def _documents(files: tuple, states: tuple, field: str | Chat, skip_bad: int, cache: str) -> Documents:
   found, parts, skipped, bad = [], [], 0, []
   for path, state in zip(files, states, strict=True):
     file, index = _indexed(path, state, field, skip_bad, skip_bad - len(bad), cache)
@@ -191,7 +191,7 @@ def _documents(files: tuple, states: tuple, field: str, skip_bad: int, cache: st
 
 
 def _indexed(
-  path: str, state: tuple, field: str, skip_bad: int, left: int, cache: str
+  path: str, state: tuple, field: str | Chat, skip_bad: int, left: int, cache: str
 ) -> tuple[File, dict[str, np.ndarray]]:
   """A file as it will be read, and the index of its documents, from the cache where they are there.
 
@@ -224,7 +224,7 @@ def _refusal(sentence: str, skip_bad: int) -> UserError:
   return UserError(sentence + known)
 
 
-def _scan(path: str, field: str, skip_bad: int, left: int, out=None) -> dict[str, np.ndarray]:
+def _scan(path: str, field: str | Chat, skip_bad: int, left: int, out=None) -> dict[str, np.ndarray]:
   """The validating pass; with `out`, a file, the texts are written there and the offsets are those in it."""
   offset, length, crc = array.array("q"), array.array("q"), array.array("I")
   skipped, bad = 0, []

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tsparse.data.chat import ChatEncoder, Conversation
 from tsparse.data.encoding import Encoder
 from tsparse.data.order import round_keys, shuffled
 from tsparse.data.packing import Piece
@@ -42,7 +43,13 @@ class FileStream:
   """
 
   def __init__(
-    self, documents: Documents, encoder: Encoder, key: Sequence[int], lane: int, lanes: int, epochs: int | None = None
+    self,
+    documents: Documents,
+    encoder: Encoder | ChatEncoder,
+    key: Sequence[int],
+    lane: int,
+    lanes: int,
+    epochs: int | None = None,
   ):
     self._documents = documents
     self._encoder = encoder
@@ -52,7 +59,7 @@ class FileStream:
     self.taken = 0
     self._offset = 0  # in the document that was taken last; 0 where all of it was given
     self._last = 0  # token before the offset
-    self._text = ""  # of that document
+    self._document: str | Conversation = ""  # that document
 
   def next_piece(self) -> Piece | None:
     """See `Stream`."""
@@ -62,20 +69,21 @@ class FileStream:
         place = self._lane + self._lanes * self.taken
         if self._end is not None and place >= self._end:
           return None
-        self._text = self._read(place)
+        self._document = self._read(place)
         self.taken += 1
-      tokens, end = self._encoder.piece(self._text, self._offset)
-      ends = end >= len(self._text)
+      tokens, mask, end = self._encoder.piece(self._document, self._offset)
+      ends = end >= len(self._document)
       self._offset = 0 if ends else end
       if len(tokens):
         context, self._last = None if begins else self._last, int(tokens[-1])
-        return Piece(tokens, None, context, ends)
+        return Piece(tokens, mask, context, ends)
     path = self._documents.files[0].path
     raise UserError(f"config.data.vocabulary gives no token for any document of {path}: set one made for such text.")
 
-  def _read(self, place: int) -> str:
+  def _read(self, place: int) -> str | Conversation:
     epoch, index = divmod(place, len(self._documents))
-    return self._documents.read(shuffled(index, len(self._documents), round_keys(*self._key, epoch))).decode()
+    number = shuffled(index, len(self._documents), round_keys(*self._key, epoch))
+    return self._encoder.open(self._documents.read(number).decode())
 
   def state(self) -> list[int]:
     """[documents taken, characters given of the last of them, last token given]."""
@@ -85,7 +93,7 @@ class FileStream:
     """See `Stream`."""
     self.taken, self._offset, self._last = state
     if self._offset:
-      self._text = self._read(self._lane + self._lanes * (self.taken - 1))
+      self._document = self._read(self._lane + self._lanes * (self.taken - 1))
 
 
 class TaskStream:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tsparse.data.encoding import tokenizer_digest
+from tsparse.data.chat import ChatEncoder
+from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.sources import Documents
 from tsparse.data.tensorflow import load_tensorflow
 from tsparse.data.vocabulary import load_vocabulary, same_vocabulary
@@ -87,10 +88,10 @@ def tfds_task(name: str, field: str, vocabulary: str):
   return _task(f"tfds.{_digest(name + field)}", source, lambda example: example[field], vocabulary)
 
 
-def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str):
-  """The seqio task of documents of ours: what seqio's own tools (caching, evaluation) read."""
+def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str, chat: bool = False):
+  """The seqio task of documents (or conversations) of ours: what seqio's own tools (caching, evaluation) read."""
   content = "".join(f"{split} {part.files} {part.fingerprint()}" for split, part in documents.items())
-  return _task(f"{name}.{_digest(content)}", lambda: _source(documents), lambda text: text, vocabulary)
+  return _task(f"{name}.{_digest(content)}", lambda: _source(documents), lambda text: text, vocabulary, chat)
 
 
 def mixture(title: str, rates: list[tuple[str, float]]):
@@ -107,7 +108,7 @@ def mixture(title: str, rates: list[tuple[str, float]]):
   return seqio.MixtureRegistry.get(name)
 
 
-def _task(title: str, source, text_of, vocabulary: str):
+def _task(title: str, source, text_of, vocabulary: str, chat: bool = False):
   """The task, registered on first use under a name unique to its content and the vocabulary."""
   seqio, tf = load_tensorflow()
   name = f"{PREFIX}{title}.{_digest(tokenizer_digest(vocabulary))}"
@@ -115,17 +116,41 @@ def _task(title: str, source, text_of, vocabulary: str):
     seqio.TaskRegistry.add(
       name,
       source=source() if callable(source) else source,
-      preprocessors=[
+      preprocessors=[_conversations(vocabulary)]
+      if chat
+      else [
         lambda ds: ds.map(lambda example: {"targets": text_of(example)}),
         functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
         seqio.preprocessors.append_eos,
       ],
-      output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)},
+      output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)}
+      | ({"loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32)} if chat else {}),
       # Our source shuffles all documents, TFDS did when it built its files, which are shuffled each epoch: a buffer of
       # texts here would only swell saved states.
       shuffle_buffer_size=1,
     )
   return seqio.TaskRegistry.get(name)
+
+
+def _conversations(vocabulary: str):
+  """A preprocessor of conversations (`chat.Chat.text_of`): targets, EOS last, and loss_mask."""
+  _, tf = load_tensorflow()
+  tokenizer = load_tokenizer(vocabulary)
+  encoder = ChatEncoder(tokenizer, make_encoder(tokenizer, True, 0))
+
+  def encode(text):
+    conversation, place, pieces = encoder.open(np.array(text, object).item().decode()), 0, []
+    while place < len(conversation):
+      *piece, place = encoder.piece(conversation, place)
+      pieces.append(piece)
+    return [np.concatenate(each) for each in zip(*pieces, strict=True)]
+
+  def example(text):
+    # stateless: encoding is pure, and a stateful function could not be checkpointed
+    targets, mask = tf.numpy_function(encode, [text], [tf.int32, tf.int32], stateful=False)
+    return {"targets": tf.ensure_shape(targets, [None]), "loss_mask": tf.ensure_shape(mask, [None])}
+
+  return lambda dataset: dataset.map(example)
 
 
 def _source(splits: Mapping[str, Documents]):

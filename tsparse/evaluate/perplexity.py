@@ -38,13 +38,13 @@ class Evaluation:
 
   @property
   def loss(self) -> float:
-    """Nats per token."""
-    return self.nll / self.tokens
+    """Nats per token; NaN where no token was scored (conversations without an assistant's word)."""
+    return self.nll / self.tokens if self.tokens else math.nan
 
   @property
   def perplexity(self) -> float:
     """exp(loss)."""
-    return math.exp(self.loss) if self.loss < 700 else math.inf
+    return math.inf if self.loss >= 700 else math.exp(self.loss)
 
   @property
   def zero_fraction(self) -> float:

@@ -1,0 +1,161 @@
+"""What an experiment trains, one stage after the other: its base, if it has one; itself; the phases that follow.
+
+`config.phases.order` names the phases in their order (a ConfigDict keeps none), and `config.phases.NAME` states the
+fields of `data` and `train` in which one differs from the config, and how long it is: `train.steps`, or `tokens`, which
+are turned into steps and rounded up:
+
+  config.phases = ConfigDict({"order": "sft", "sft": {
+    "tokens": 10_000_000, "data": {"train": "chat:sft/train.jsonl"}, "train": {"learning_rate": 1e-5}}})
+
+A phase starts from the parameters that the stage before ended with, and from a fresh optimizer: the moments of that
+stage are of other data at another learning rate. Its schedule (warm-up, cosine) is its own. Its folder is a workdir of
+its own, WORKDIR/phases/NAME, whose init.json says which checkpoint it started from (its config names no init).
+"""
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from tsparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A training that is part of an experiment.
+
+  Attributes:
+    name: "base", "main" or that of a phase.
+    config: a whole experiment of its own.
+    folder: its workdir.
+    init: the model it starts from; None for random parameters.
+    title: what progress calls it.
+    place: where it is stated: put before what is wrong with it.
+  """
+
+  name: str
+  config: ml_collections.ConfigDict
+  folder: Path
+  init: Path | None
+  title: str
+  place: str = ""
+
+
+def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
+  """The stages of an experiment in their order; UserError where its phases make no sense."""
+  init = Path(config.init) if config.init else None
+  base = base_config(config)
+  found = []
+  if base:
+    init = workdir / "base"
+    found.append(Stage("base", base, init, None, f"base ({base.activation})", "config.base: "))
+  found.append(Stage("main", config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})"))
+  for name in phase_names(config):
+    folder, place = workdir / "phases" / name, f"config.phases.{name}"
+    phase = phase_config(config, name)
+    found.append(Stage(name, phase, folder, found[-1].folder, f"phase {name} ({phase.activation})", f"{place}: "))
+  return found
+
+
+def phases_of(stages: Sequence[Stage]) -> list[Stage]:
+  """Those that follow the main one."""
+  return [stage for stage in stages if stage.name not in ("base", "main")]
+
+
+def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
+  """The experiment that trains the base of a ReLUfication, or None when there is an init or no base to train."""
+  if "base" not in config or config.init:
+    return None
+  base = _alone(config, "base")
+  base.activation = config.base.activation
+  base.train.update(config.base.train)
+  return base
+
+
+def phase_names(config: ml_collections.ConfigDict) -> list[str]:
+  """The phases that are run, in their order; UserError where one is not stated, or named twice."""
+  phases = config.get("phases", {})
+  names = [name.strip() for name in phases.get("order", "").split(",") if name.strip()]
+  for name in names:
+    known = ", ".join(sorted(key for key in phases if key != "order")) or "none"
+    if name == "order" or not isinstance(phases.get(name), ml_collections.ConfigDict):
+      raise UserError(f"config.phases.order names {name!r}, which config.phases does not state (it states {known}).")
+    if not name.isidentifier() or name in ("base", "main"):
+      raise UserError(f"config.phases.{name}: the name of a phase is letters, digits and _, and not base or main.")
+    if names.count(name) > 1:
+      raise UserError(f"config.phases.order names {name!r} twice: give a phase that is to come again another name.")
+  return names
+
+
+def phase_config(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+  """A phase as an experiment of its own: `config` with the fields that the phase states; UserError for a bad one."""
+  stated, place = config.phases[name], f"config.phases.{name}"
+  phase = _alone(config, name)
+  phase.init = ""
+  for section, fields in stated.items():
+    if section == "tokens":
+      continue
+    if section not in ("data", "train") or not isinstance(fields, ml_collections.ConfigDict):
+      raise UserError(f"{place}.{section}: a phase states data, train and tokens, and nothing else.")
+    for key, value in fields.items():
+      _set(phase[section], key, value, f"{place}.{section}")
+  data = stated.get("data", {})
+  if "vocabulary" in data:
+    raise UserError(f"{place}.data.vocabulary: all phases of a model have the vocabulary config.data.vocabulary.")
+  if "train" in data and phase.data.mixture and "mixture" not in data:
+    raise UserError(
+      f"{place}.data.train: config.data.mixture would be drawn from in its place; set {place}.data.mixture, to '' for "
+      "no mixture."
+    )
+  if "tokens" in stated:
+    if "steps" in stated.get("train", {}):
+      raise UserError(f"{place} states both tokens and train.steps: leave out one.")
+    phase.train.steps = _steps(stated.tokens, phase.train, place)
+  return phase
+
+
+def describe_phase(stage: Stage, config: ml_collections.ConfigDict) -> str:
+  """One line: how long the phase is, and what of its tokens was asked for."""
+  train, asked = stage.config.train, config.phases[stage.name].get("tokens")
+  tokens = train.steps * train.batch_size * train.seq_len
+  rounded = f", {asked:,} rounded up" if asked not in (None, tokens) else ""
+  return (
+    f"phase {stage.name}: {train.steps:,} steps of {train.batch_size} x {train.seq_len} tokens, {tokens:,}{rounded}"
+  )
+
+
+def _alone(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+  """A copy of the experiment without its other stages."""
+  alone = copy.deepcopy(config)
+  alone.name = f"{config.name} {name}"
+  with alone.unlocked():
+    for other in ("base", "phases"):
+      if other in alone:
+        del alone[other]
+  return alone
+
+
+def _set(section: ml_collections.ConfigDict, key: str, value: Any, place: str):
+  if key not in section:
+    nearest = difflib.get_close_matches(key, list(section), n=1, cutoff=0.0)[0]
+    raise UserError(f"{place}.{key}: there is no such field; the nearest is {place}.{nearest}.")
+  try:
+    section[key] = value
+  except TypeError:
+    raise UserError(
+      f"{place}.{key} is {value!r}, a {type(value).__name__}, and {type(section[key]).__name__} belongs there."
+    ) from None
+
+
+def _steps(tokens: Any, train: ml_collections.ConfigDict, place: str) -> int:
+  each = train.batch_size * train.seq_len
+  if not isinstance(tokens, int) or tokens < each:
+    raise UserError(
+      f"{place}.tokens is {tokens}, which is no whole step of {train.batch_size} x {train.seq_len} tokens: set it to "
+      f"{each} or more."
+    )
+  return -(-tokens // each)

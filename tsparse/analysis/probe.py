@@ -173,7 +173,9 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
   x, valid, intervene = (bound.arguments[name] for name in ("x", "valid", "intervene"))
-  probe = intervene.probe if isinstance(intervene, _Watch) else intervene  # a shared expert is called by its layer's FFN
+  probe = (
+    intervene.probe if isinstance(intervene, _Watch) else intervene
+  )  # a shared expert is called by its layer's FFN
   weights = ffn.variables["params"]
   down = weights["down"].astype(x.dtype)
   reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]

@@ -23,16 +23,16 @@ RARE = 10  # a pair that fired together less often is not among the top ones
 FORMS = ("numpy", "powerinfer")
 
 DEFINITIONS = {
-  "neurons": "a neuron fires for a token if its hidden entry is not exactly zero; those of all experts of a layer count "
-  "together, shared ones too. Where an activation has no exact zeros all fire always, and what follows is trivial",
+  "neurons": "a neuron fires for a token if its hidden entry is not exactly zero; the neurons of all experts of a "
+  "layer count together, shared ones too. Without exact zeros all neurons fire always, and what follows is trivial",
   "cdf": "share of all firings that the so-many most often firing neurons make",
   "hot_share_80": "least share of the neurons that makes 80% of the firings (PowerInfer, arXiv 2312.12456); `overall` "
   "chooses among the neurons of all layers together",
   "stability": "between the two halves of the text: the share of the 20% hottest neurons that are so in both, and the "
   "rank correlation (Spearman) of how often neurons fire",
-  "coactivation": "of 256 neurons of each layer, evenly spaced in the order of how often they fire among those that do: "
-  "lift of a pair = P(both) / (P(one) P(other)) over tokens, 1 if they are independent; `top` are the pairs of greatest "
-  "lift as [neuron, neuron, lift, P(the other | the rarer one)], of those that fired together 10 times or more",
+  "coactivation": "of 256 neurons of each layer, evenly spaced in the order of how often they fire, of those that do: "
+  "lift of a pair = P(both) / (P(one) P(other)) over tokens, 1 if they are independent; `top`: the pairs of greatest "
+  "lift, [neuron, neuron, lift, P(the other | the rarer one)], of those that fired together 10 times or more",
 }
 
 
@@ -56,7 +56,7 @@ def hot_share(fired: np.ndarray, share: float = HOT) -> float:
 
 
 def hot_overlap(one: np.ndarray, other: np.ndarray, top: float = TOP) -> float:
-  """Share of the round(top * neurons) hottest ones by `one` that are so by `other`; among equals the first are taken."""
+  """Share of the round(top * neurons) hottest by `one` that are so by `other` too; among equals the first are taken."""
   k = max(1, round(top * len(one)))
   return len(set(np.argsort(-one, kind="stable")[:k]) & set(np.argsort(-other, kind="stable")[:k])) / k
 

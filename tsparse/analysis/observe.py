@@ -1,4 +1,4 @@
-"""Everything that the analysis says of the hidden beyond its zeros and masks: from counts, from a probe, by thresholds."""
+"""What the analysis says of the hidden beyond its zeros and masks: from counts, from a probe, by thresholds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

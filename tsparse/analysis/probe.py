@@ -1,8 +1,8 @@
 """A forward that shows gate, up and hidden of every FFN, token by token, to a function that makes small sums of them.
 
 It is the model's own forward: while it is traced, the FFNs are intercepted (`nn.intercept_methods`), and the sums leave
-the scan over layers beside their counts. Experts are computed by `moe_impl` "dense", on every token, which is simple and
-exact; what an expert made of tokens that were not routed to it is not `reached`.
+the scan over layers beside their counts. Experts are computed by `moe_impl` "dense", every one on every token, which is
+simple and exact; `reached` says which of it the model uses.
 """
 
 import dataclasses
@@ -173,9 +173,7 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
   x, valid, intervene = (bound.arguments[name] for name in ("x", "valid", "intervene"))
-  probe = (
-    intervene.probe if isinstance(intervene, _Watch) else intervene
-  )  # a shared expert is called by its layer's FFN
+  probe = intervene.probe if isinstance(intervene, _Watch) else intervene  # a shared expert's caller is watched already
   weights = ffn.variables["params"]
   down = weights["down"].astype(x.dtype)
   reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]

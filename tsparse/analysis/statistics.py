@@ -1,4 +1,4 @@
-"""What the entries of gate, up and hidden look like: zeros by token position, histograms by layer (paper, Figure 3, 5b).
+"""What the entries of gate, up and hidden look like: zeros by token position, histograms (paper, Figures 3 and 5b).
 
 Each function of (seen, settings) is an `Observe` of analysis/probe.py. The others turn its sums into numbers.
 """
@@ -36,11 +36,12 @@ class Together:
   parts: tuple[tuple[str, Observe], ...]
 
   def __call__(self, seen: Seen, settings: dict[str, Any]) -> dict[str, Any]:
+    """The sums of each part, by name."""
     return {name: observe(seen, settings.get(name)) for name, observe in self.parts}
 
 
 def by_layer(sums: dict[str, Any]) -> Any:
-  """Sums by kind of FFN, as in `Probed`, with one leading axis of all layers: a shared expert's added to its layer's."""
+  """Sums by kind of FFN, as in `Probed`, put in one with a leading axis of all layers, a shared expert's added."""
   layers = sums["ffn"]
   if "shared" in sums:
     layers = jax.tree.map(np.add, layers, sums["shared"])

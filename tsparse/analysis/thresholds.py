@@ -127,6 +127,7 @@ class GateBelow:
   act: str
 
   def __call__(self, seen: Seen, epsilon: Array) -> tuple[Array, Array]:
+    """Of each epsilon [G]: [G, T] and [T]."""
     return _below(seen, gate_size(seen.gate, self.act), epsilon)
 
 

@@ -33,7 +33,7 @@ def mesh_of(sizes):
 
 @functools.cache
 def tiny():
-  """A model with a dense first layer, routed and shared experts; its text, 2 batches of 8 rows, two segments in some."""
+  """A model with a dense first layer, routed and shared experts; its text, 2 batches of 8 rows of 1 or 2 segments."""
   model, data = Transformer(MOE), held_out(None, rows=8)
   first, second = ({name: x.copy() for name, x in batch.items()} for batch in data.batches)
   second["inputs"] = second["inputs"][::-1].copy()
@@ -233,7 +233,9 @@ def test_eight_devices_give_the_numbers_of_one():
   assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
   for (path, a), (_, b) in zip(*flat, strict=True):
     if "top" not in str(path):  # neurons of equal lift may change places
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=str(path))
+      # An entry that lies on an edge to the last bit may be in either bin: 2 of some 20,000 entries of a layer.
+      atol = 1e-4 if "histograms" in str(path) else 1e-7
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol, err_msg=str(path))
 
 
 def test_the_first_layer_that_is_not_finite_is_named():

@@ -102,7 +102,7 @@ def stories(folder, skip, tokens, tmp_path):
   path.write_text("\n".join(lines))
   vocabulary = str(folder / "stories260k" / "tokenizer.model")
   source = SimpleNamespace(train="", validation=str(path), vocabulary=vocabulary, eos=False)
-  return evaluation_batches(source, seq_len=256, batch_size=8, max_tokens=tokens), lines
+  return evaluation_batches(source, seq_len=128, batch_size=8, max_tokens=tokens), lines
 
 
 def test_a_real_model(shared_data, tmp_path):
@@ -112,8 +112,8 @@ def test_a_real_model(shared_data, tmp_path):
 
   stored = open_model(shared_data / "stories260k")
   model = Transformer(stored.config)
-  data, lines = stories(shared_data, 0, 1500, tmp_path)
-  calibration, _ = stories(shared_data, 8, 1500, tmp_path)
+  data, lines = stories(shared_data, 0, 700, tmp_path)
+  calibration, _ = stories(shared_data, 8, 700, tmp_path)
   shapes, logical = abstract_parameters(model)
   with jax.set_mesh(mesh := mesh_of({})):
     params, _ = stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))

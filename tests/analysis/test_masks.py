@@ -15,7 +15,6 @@ from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.counts import HiddenCounts
 from tsparse.models.transformer import Transformer, init_parameters
 
-
 SIZES = {
   "vocab_size": 264, "num_layers": 3, "d_model": 16, "d_ff": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8,
   "max_seq_len": 64, "dtype": "float32", "activation": "drelu",

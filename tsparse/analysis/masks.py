@@ -1,4 +1,4 @@
-"""Interventions on the FFN hidden, by kind of FFN, as pytrees called with (gate, up, hidden, expert); levels are traced.
+"""Interventions on the FFN hidden, by kind of FFN: pytrees called with (gate, up, hidden, expert). Levels are traced.
 
 Which entries of the hidden a mask keeps is a line of SELECTIONS.
 """

@@ -9,7 +9,7 @@ from tsparse.models.counts import HiddenCounts, count_fired
 from tsparse.sharding import constrain
 
 Array = jax.Array
-# What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but `expert`,
+# What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but expert,
 # int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks.
 Intervention = Callable[[Array, Array, Array, Array | None], Array]
 

@@ -37,9 +37,9 @@ DEFINITIONS = {
 def largest(x: Array, k: Array) -> Array:
   """Mask of the k largest entries of the last axis, and of zeros never; among equals the lower index is kept.
 
-  The k-th largest value is found by bisection on the bits of the floats: at most 31 counting passes and no sort, fewer
-  once the entries above the threshold are exactly k in every row. Only where equal values straddle the k-th is the
-  index bisected too. `k` is traced.
+  The k-th largest value is found by bisection on the bits of the floats, 31 counting passes and no sort, and among
+  equal ones the index of the last that is kept likewise. On one device it ends as soon as k entries of every row are
+  above the threshold, and the index is bisected only where equal values straddle the k-th. `k` is traced.
 
   Args:
     x: [..., F] float32, non-negative.
@@ -53,6 +53,10 @@ def largest(x: Array, k: Array) -> Array:
   def count(mask):
     return jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32)
 
+  def any_row(left):  # on several devices the question would cost more than the passes: each a collective
+    mesh = jax.sharding.get_abstract_mesh()
+    return jnp.any(left) if mesh.empty or mesh.size == 1 else True
+
   def narrow(state):  # from the highest bit down, to the largest threshold with at least k entries >= it
     i, threshold, above = state
     candidate = threshold | (1 << (30 - i))
@@ -61,7 +65,7 @@ def largest(x: Array, k: Array) -> Array:
 
   k = jnp.minimum(k, count(bits > 0))
   start = (0, jnp.zeros_like(k), jnp.full_like(k, x.shape[-1]))
-  _, threshold, above = jax.lax.while_loop(lambda s: (s[0] < 31) & jnp.any(s[2] != k), narrow, start)
+  _, threshold, above = jax.lax.while_loop(lambda s: (s[0] < 31) & any_row(s[2] != k), narrow, start)
 
   def first_of_equals(_):
     equal, index = bits == threshold, jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
@@ -74,7 +78,7 @@ def largest(x: Array, k: Array) -> Array:
     end = jax.lax.fori_loop(0, steps, narrow, jnp.zeros_like(threshold))
     return (bits > threshold) | (equal & (index < end))
 
-  return jax.lax.cond(jnp.any(above != k), first_of_equals, lambda _: bits >= threshold, None)
+  return jax.lax.cond(any_row(above != k), first_of_equals, lambda _: bits >= threshold, None)
 
 
 @struct.dataclass

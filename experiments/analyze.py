@@ -20,6 +20,11 @@ MODEL = flags.DEFINE_multi_string("model", [], "A workdir of ours or a Hugging F
 DATA = flags.DEFINE_string("data", None, "The text to evaluate on.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
 LEVELS = flags.DEFINE_list("levels", "0,0.5,0.8,0.85,0.9", "Shares of the hidden that are masked, each in [0, 1).")
+SELECTION = flags.DEFINE_list(
+  "selection", "hidden", "Which entries the masks keep: hidden (the paper's), gate, up, contribution."
+)
+MASK_SHARED = flags.DEFINE_boolean("mask_shared", False, "Mask shared experts too; the paper does not say if it did.")
+PAPER = flags.DEFINE_boolean("paper", False, "Add Tables 1-3 of Turbo Sparse, its numbers beside these.")
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
@@ -44,6 +49,9 @@ def main():
     Path(OUT.value),
     levels=parse_levels(LEVELS.value),
     tokens=TOKENS.value,
+    selections=tuple(dict.fromkeys(SELECTION.value)),
+    mask_shared=MASK_SHARED.value,
+    paper=PAPER.value,
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
     eos=EOS.value,

@@ -68,7 +68,8 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
   convert(tmp_path / "a" / "model", tmp_path / "b" / "model", "tsparse", activation="drelu")
   text = save_texts(tmp_path / "text.jsonl", TEXTS)
   out = tmp_path / "out" / "here"
-  made = analyze([tmp_path / "a" / "model", tmp_path / "b" / "model"], text, out, levels=(0.0, 0.5))
+  settings = {"levels": (0.0, 0.5), "selections": ("hidden", "gate", "up", "contribution"), "paper": True}
+  made = analyze([tmp_path / "a" / "model", tmp_path / "b" / "model"], text, out, **settings)
 
   documents = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
   loss, tokens, zeros = reference(theirs, documents, 0, seq_len=64)
@@ -85,8 +86,14 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"here"}
   assert {path.name for path in out.iterdir()} == {
-    "report.html", "analysis.json", "summary.json", "perplexity_vs_sparsity.png", "zeros_per_layer.png"
+    "report.html", "analysis.json", "summary.json", "csv",
+    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png",
   }  # fmt: skip
+  assert [curve["selection"] for curve in drelu["curves"]] == list(settings["selections"])
+  assert relu["curves"][0]["points"] == relu["curve"] != relu["curves"][1]["points"]
+  (pair,) = made["comparisons"]  # the same documents
+  assert pair["difference"] == pytest.approx(drelu["loss"] - relu["loss"]) and pair["interval"][0] < pair["interval"][1]
+  assert sum(drelu["per_document"]["tokens"]) == tokens and len(drelu["per_document"]["nll"]) == 40
   assert json.loads((out / "analysis.json").read_text()) == made
   assert json.loads((out / "summary.json").read_text())["seq_len"] == 64
 
@@ -130,12 +137,15 @@ def test_only_a_part_of_the_text_is_said(small, tmp_path):
     ({"models": ["{model}", "{model}/../model"]}, "is given twice"),
     ({"models": ["{tmp}/narrow"]}, "has 259 ids and the model embeds 97"),
     ({"seq_len": 65}, "more than the 64 tokens"),
+    ({"data": "{tmp}/short.jsonl"}, "holds 11 tokens, less than a row of 64"),
+    ({"selections": ("hidden", "contributions")}, "'contributions' is unknown, the nearest is 'contribution'"),
     ({"batch_size": 12}, "use a multiple of 8"),
     ({"memory": 100}, "does not fit"),
   ],
 )
 def test_what_cannot_be_is_a_sentence_and_nothing_is_written(changes, sentence, small, tmp_path, monkeypatch):
   (tmp_path / "empty.jsonl").write_text("\n")
+  save_texts(tmp_path / "short.jsonl", ["ten letters"[:10]])
   (tmp_path / "folder").mkdir()
   save_bytes_model(tmp_path / "narrow", vocab_size=97)
   arguments = {"models": ["{model}"], "data": str(small[1]), "out": "{tmp}/out"} | changes

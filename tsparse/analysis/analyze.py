@@ -6,19 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsparse.analysis import masks
+from tsparse.analysis import accounting, confidence, masks
 from tsparse.data import EvaluationSet
 from tsparse.evaluate import perplexity
-from tsparse.evaluate.perplexity import Evaluation, evaluate
+from tsparse.evaluate.perplexity import Evaluation, evaluate_each
 from tsparse.models import counts
-from tsparse.models.config import ACTIVATED_DEFINITION, activated_parameters, parameter_counts
 from tsparse.models.transformer import Transformer
 
 DEFINITIONS = {
   **perplexity.DEFINITIONS,
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
-  "activated": ACTIVATED_DEFINITION,
+  **confidence.DEFINITIONS,
+  **accounting.DEFINITIONS,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted",
 }
@@ -35,9 +35,11 @@ def analyze(
   text: str,
   trained_tokens: int,
   levels: Sequence[float] = (),
+  selections: Sequence[str] = ("hidden",),
+  mask_shared: bool = False,
   progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-  """Loss, natural sparsity and the masked-perplexity curve of a model.
+  """Loss, natural sparsity and the masked-perplexity curves of a model.
 
   Args:
     name: what the report calls it.
@@ -48,24 +50,36 @@ def analyze(
     source: where the model is stored.
     text: what the held-out text is.
     trained_tokens: tokens it was trained on so far.
-    levels: sparsities in [0, 1) of the curve; none leaves the curve empty.
-    progress: called with a line after each piece of work.
+    levels: sparsities in [0, 1) of the curves; none leaves them empty.
+    selections: a curve for each, keys of masks.SELECTIONS; "curve" is that of "hidden".
+    mask_shared: mask shared experts too.
+    progress: called with a line after each forward pass: `passes` of them.
 
   Returns:
     An entry of "models" in analysis.json.
   """
-  natural = evaluate(model, params, data.batches, mesh)
-  progress(f"{name}: natural sparsity")
-  curve = []
-  for level in levels:
-    mask = masks.topk_everywhere(level, model.config.num_layers)
-    masked = evaluate(model, params, data.batches, mesh, mask)  # the level is traced: one compilation for all
-    curve.append({"sparsity": level, "loss": masked.loss, "perplexity": masked.perplexity})
-    progress(f"{name}: {level:.0%} of the hidden masked")
+  config, norms = model.config, None
+  if levels and "contribution" in selections:
+    norms = jax.jit(masks.down_norms, static_argnums=0)(config, params)
+  masked = [
+    masks.topk_everywhere(level, config, norms if selection == "contribution" else None, selection, mask_shared)
+    for selection in selections
+    for level in levels
+  ]
+  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], lambda: progress(name))
+  documents, points = confidence.per_document(natural, data), iter(results)
+  curves = [
+    {
+      "selection": selection,
+      "points": [{"sparsity": s, "loss": (r := next(points)).loss, "perplexity": r.perplexity} for s in levels],
+    }
+    for selection in selections
+    if levels
+  ]
   return {
     "name": name,
     "model": source,
-    "activation": model.config.activation,
+    "activation": config.activation,
     "data": text,
     "vocabulary": data.vocabulary,
     "eos": data.eos,
@@ -75,15 +89,23 @@ def analyze(
     "loss": natural.loss,
     "perplexity": natural.perplexity,
     **hidden_statistics(natural),
-    "curve": curve,
-    "parameters": {
-      "total": sum(parameter_counts(model.config).values()),
-      "activated": activated_parameters(
-        model.config, {kind: float(counts.mean_zero_fraction(c)) for kind, c in natural.counts.items()}
-      ),
-      "definition": ACTIVATED_DEFINITION,
-    },
+    "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
+    "curves": curves,
+    "mask_shared": mask_shared,
+    "confidence": confidence.confidence(documents, natural.batch_zeros),
+    "per_document": documents,
+    **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
+
+
+def passes(data: EvaluationSet, levels: Sequence[float], selections: Sequence[str]) -> int:
+  """Forward passes of an analysis."""
+  return len(data.batches) * (1 + len(levels) * len(selections))
+
+
+def zero_fractions(natural: Evaluation) -> dict[str, float]:
+  """Zero fraction by kind of FFN."""
+  return {kind: float(counts.mean_zero_fraction(c)) for kind, c in natural.counts.items()}
 
 
 def hidden_statistics(natural: Evaluation) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import jax
 from rich.console import Console
 
 from tsparse import files, sharding, workdir
-from tsparse.analysis.analyze import DEFINITIONS, analyze
+from tsparse.analysis import confidence
+from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
+from tsparse.analysis.masks import check_selections
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches, load_vocabulary, same_vocabulary
@@ -35,7 +37,9 @@ class Case:
     config: what to make of them; the activation may be another than the stored one.
     data: batches to evaluate on, in its own vocabulary.
     text: what the report says of that text.
-    levels: sparsities of the masked-perplexity curve.
+    levels: sparsities of the masked-perplexity curves.
+    selections: what the curves' masks keep, keys of masks.SELECTIONS.
+    mask_shared: mask shared experts too.
   """
 
   name: str
@@ -44,13 +48,16 @@ class Case:
   data: EvaluationSet
   text: str
   levels: Sequence[float]
+  selections: Sequence[str] = ("hidden",)
+  mask_shared: bool = False
 
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
   """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  with ProgressLine(console, "analysis", 0, sum(1 + len(case.levels) for case in cases)) as bar:
+  total = sum(passes(case.data, case.levels, case.selections) for case in cases)
+  with ProgressLine(console, "analysis", 0, total) as bar:
     models = [_analyze_case(case, mesh, bar) for case in cases]
-  return {"models": models, "definitions": DEFINITIONS}
+  return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
 
 
 def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dict[str, Any]:
@@ -67,6 +74,8 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     text=case.text,
     trained_tokens=tokens,
     levels=case.levels,
+    selections=case.selections,
+    mask_shared=case.mask_shared,
     progress=bar.advance,
   )
 
@@ -78,6 +87,9 @@ def run(
   *,
   levels: Sequence[float],
   tokens: int,
+  selections: Sequence[str] = ("hidden",),
+  mask_shared: bool = False,
+  paper: bool = False,
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
@@ -89,8 +101,11 @@ def run(
     models: each a workdir of ours or a Hugging Face directory; each is evaluated by its own vocabulary.
     data: a D: all of a file or folder, the validation split of a seqio task or mixture.
     out: must not exist, or be empty.
-    levels: sparsities of the masked-perplexity curve.
+    levels: sparsities of the masked-perplexity curves.
     tokens: as many whole documents as hold so many tokens are evaluated.
+    selections: what the curves' masks keep, keys of masks.SELECTIONS.
+    mask_shared: mask shared experts too.
+    paper: add Tables 1-3 of Turbo Sparse, its numbers beside these.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for 512, or the least that a model is made for.
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
@@ -100,6 +115,7 @@ def run(
     UserError: something of the above cannot be; nothing was written.
   """
   console = console or Console()
+  check_selections(selections)
   files.check_new(out)
   names = unique_names(models)
   stored = [open_model(Path(model)) for model in models]
@@ -123,10 +139,10 @@ def run(
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
     cases = [
-      Case(name, model, model.config, text, _described(data, text), levels)
+      Case(name, model, model.config, text, _described(data, text), levels, selections, mask_shared)
       for name, model, text in zip(names, stored, texts, strict=True)
     ]
-    analysis = analyze_cases(cases, mesh, console)
+    analysis = analyze_cases(cases, mesh, console) | {"paper": paper}
     facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
     page = write_report(analysis, facts | workdir.environment(), folder)
   print_table(analysis, console)
@@ -187,6 +203,11 @@ def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[Ev
     if found is None:
       source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary, eos=eos)
       found = evaluation_batches(source, **settings)
+      if found.complete and found.tokens < settings["seq_len"]:
+        raise UserError(
+          f"--data={data} holds {found.tokens} tokens, less than a row of {settings['seq_len']}: give more text, or "
+          f"--seq_len={found.tokens} at most."
+        )
       known.append((vocabulary, found))
     result.append(found)
   return result

@@ -147,6 +147,7 @@ class EvaluationSet:
 
   Attributes:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, all of one shape.
+    document_ids: of each batch int32 [B, T], the document each target belongs to, from 0; -1 where there is none.
     documents: how many documents they hold.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target.
     split: of the data they are; "all" for a file or folder that is not split.
@@ -156,6 +157,7 @@ class EvaluationSet:
   """
 
   batches: list[dict[str, np.ndarray]]
+  document_ids: list[np.ndarray]
   documents: int
   tokens: int
   split: str
@@ -194,7 +196,20 @@ def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) 
   packer = Packer(iter(chosen), seq_len, bos_id(load_vocabulary(data.vocabulary)), split_documents=False)
   rows = list(_rows(packer))
   batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  return EvaluationSet(batches, len(chosen), tokens, split, complete, data.vocabulary, data.eos)
+  ids = document_ids(batches, [len(document) for document in chosen])
+  return EvaluationSet(batches, ids, len(chosen), tokens, split, complete, data.vocabulary, data.eos)
+
+
+def document_ids(batches: list[dict[str, np.ndarray]], lengths: list[int]) -> list[np.ndarray]:
+  """Of each batch int32 [B, T], the document of each target and -1 elsewhere: packing keeps the documents' order."""
+  left = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+  result = []
+  for batch in batches:
+    ids = np.full(batch["segment_ids"].shape, -1, np.int32)
+    real = batch["segment_ids"] > 0
+    ids[real], left = left[: real.sum()], left[real.sum() :]
+    result.append(ids)
+  return result
 
 
 def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:

@@ -113,7 +113,8 @@ def moe_dense(
   routed = one_hot.any(axis=2)  # [B, T, E]
   gate, up = jnp.einsum("btd,edf->btef", x, experts.gate), jnp.einsum("btd,edf->btef", x, experts.up)
   predicted = None if predictors is None else predict(predictors.x, predictors.fc1, predictors.fc2)
-  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTEF")  # [B, T, E, F]
+  number = jnp.arange(experts.gate.shape[0])  # [E]
+  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene, number), "BTEF")  # [B, T, E, F]
   counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
   out = jnp.einsum("btef,efd->bted", hidden, experts.down)  # [B, T, E, D]
   return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts
@@ -223,7 +224,9 @@ def _local(
     predicted = straight_through(grouped_matmul(read, predictors.fc2, sizes))
   hidden = gated_hidden(gate, up, activation, predicted, None)
   if intervene is not None:
-    hidden = _whole_rows(intervene, tensor, gate, up, hidden)
+    slot_expert = jnp.minimum(chosen.reshape(-1)[order], count - 1)  # [S]; rows of padding are anyone's
+    slot_expert += jax.lax.axis_index(tokens) * count if tokens else 0
+    hidden = _whole_rows(lambda *parts: intervene(*parts, slot_expert), tensor, gate, up, hidden)
   member = membership(sizes, order.size, jnp.bfloat16)  # [S, E]; 0 and 1 are exact
   fired = jnp.einsum("se,sf->ef", member, (hidden != 0).astype(member.dtype), preferred_element_type=jnp.float32)
   counts = HiddenCounts(fired=fired, routed=sizes.astype(jnp.float32))
@@ -239,7 +242,7 @@ def _local(
   return out.reshape(shape), counts
 
 
-def _whole_rows(intervene: Intervention, tensor: tuple[str, ...], *parts: Array) -> Array:
+def _whole_rows(intervene: Callable[..., Array], tensor: tuple[str, ...], *parts: Array) -> Array:
   """intervene(gate, up, hidden) [S, F] where F may be split over mesh axes: a top-k needs all of a row."""
   if not tensor:
     return intervene(*parts)

@@ -25,6 +25,12 @@ SELECTION = flags.DEFINE_list(
 )
 MASK_SHARED = flags.DEFINE_boolean("mask_shared", False, "Mask shared experts too; the paper does not say if it did.")
 PAPER = flags.DEFINE_boolean("paper", False, "Add Tables 1-3 of Turbo Sparse, its numbers beside these.")
+PARTS = flags.DEFINE_list(
+  "parts", "counts,tokens,thresholds", "What is measured beside zeros and masks; each takes longer than the one before."
+)
+EXPORT = flags.DEFINE_string(
+  "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."
+)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
@@ -52,6 +58,8 @@ def main():
     selections=tuple(dict.fromkeys(SELECTION.value)),
     mask_shared=MASK_SHARED.value,
     paper=PAPER.value,
+    parts=PARTS.value,
+    export=EXPORT.value,
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
     eos=EOS.value,

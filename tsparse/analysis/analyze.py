@@ -1,16 +1,18 @@
 """The analysis of one model on one held-out text: a plain dict, as analysis.json stores it with stable keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tsparse.analysis import accounting, confidence, masks
+from tsparse.analysis import accounting, confidence, masks, observe
+from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation, evaluate_each
 from tsparse.models import counts
+from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer
 
 DEFINITIONS = {
@@ -19,6 +21,7 @@ DEFINITIONS = {
   **masks.DEFINITIONS,
   **confidence.DEFINITIONS,
   **accounting.DEFINITIONS,
+  **observe.DEFINITIONS,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted",
 }
@@ -37,6 +40,9 @@ def analyze(
   levels: Sequence[float] = (),
   selections: Sequence[str] = ("hidden",),
   mask_shared: bool = False,
+  parts: Collection[str] = ("counts",),
+  calibration: EvaluationSet | None = None,
+  keep: Callable[[ModelCounts], None] = lambda _: None,
   progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
   """Loss, natural sparsity and the masked-perplexity curves of a model.
@@ -53,10 +59,16 @@ def analyze(
     levels: sparsities in [0, 1) of the curves; none leaves them empty.
     selections: a curve for each, keys of masks.SELECTIONS; "curve" is that of "hidden".
     mask_shared: mask shared experts too.
-    progress: called with a line after each forward pass: `passes` of them.
+    parts: of what is beyond zeros and masks, some of observe.PARTS.
+    calibration: other documents, to find thresholds on; None for the same.
+    keep: called with the counts of every neuron.
+    progress: called with a line after each forward pass and then each piece of work: `passes` of them.
 
   Returns:
     An entry of "models" in analysis.json.
+
+  Raises:
+    UserError: the model's logits are not finite.
   """
   config, norms = model.config, None
   if levels and "contribution" in selections:
@@ -67,6 +79,14 @@ def analyze(
     for level in levels
   ]
   natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], lambda: progress(name))
+  if not np.isfinite(natural.nll):
+    check_finite(model, params, data.batches, mesh)
+  keep(natural.counts)
+  statistics, note = hidden_statistics(natural), lambda piece: progress(f"{name}: {piece}")
+  observed = observe.observe(
+    model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
+  )
+  statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
   documents, points = confidence.per_document(natural, data), iter(results)
   curves = [
     {
@@ -88,7 +108,8 @@ def analyze(
     "trained_tokens": trained_tokens,
     "loss": natural.loss,
     "perplexity": natural.perplexity,
-    **hidden_statistics(natural),
+    **statistics,
+    **observed,
     "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
     "curves": curves,
     "mask_shared": mask_shared,
@@ -98,9 +119,11 @@ def analyze(
   }
 
 
-def passes(data: EvaluationSet, levels: Sequence[float], selections: Sequence[str]) -> int:
-  """Forward passes of an analysis."""
-  return len(data.batches) * (1 + len(levels) * len(selections))
+def passes(
+  data: EvaluationSet, levels: Sequence[float], selections: Sequence[str], parts: Collection[str] = ("counts",)
+) -> int:
+  """Forward passes of an analysis, and pieces of work after them."""
+  return len(data.batches) * (1 + len(levels) * len(selections)) + sum(observe.PARTS[part] for part in parts)
 
 
 def zero_fractions(natural: Evaluation) -> dict[str, float]:

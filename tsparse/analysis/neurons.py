@@ -3,6 +3,7 @@
 Unless it says otherwise `fired` is [neurons] float64, the tokens for which each neuron of a layer fired.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def coactivation_statistics(sums: dict[str, np.ndarray], chosen: np.ndarray, tok
   return result
 
 
+def check_form(form: str):
+  """Raises UserError for a form of `export` that is unknown or cannot be written here; "" is none."""
+  if form not in ("", *FORMS):
+    raise UserError(f"--export={form} is unknown: choose one of {', '.join(FORMS)}.")
+  if form == "powerinfer" and importlib.util.find_spec("torch") is None:
+    raise UserError("--export=powerinfer writes files with torch, which is not installed: install it, or use numpy.")
+
+
 def export(by_kind: ModelCounts, folder: Path, form: str):
   """Writes how often neurons fired as PowerInfer's solver reads it: `activation_{n}`, 1-D counts, one file a layer.
 
@@ -143,19 +152,12 @@ def export(by_kind: ModelCounts, folder: Path, form: str):
     by_kind: the counts of a text.
     folder: made if missing; PowerInfer looks for one called `activation`.
     form: "powerinfer" for .pt files, which are pickles and need torch, or "numpy" for .npy ones under the same names.
-
-  Raises:
-    UserError: torch is asked for and not installed.
   """
-  if form == "powerinfer":
-    try:
-      import torch
-    except ImportError:
-      raise UserError("--export=powerinfer writes .pt files with torch, which is not installed: "
-                      "install it, or use --export=numpy.") from None  # fmt: skip
   folder.mkdir(parents=True, exist_ok=True)
   for number, fired in enumerate(layers(by_kind)):
     if form == "powerinfer":
+      import torch
+
       torch.save(torch.from_numpy(fired.astype(np.float32)), folder / f"activation_{number}.pt")
     else:
       np.save(folder / f"activation_{number}.npy", fired.astype(np.float32))

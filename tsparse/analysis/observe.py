@@ -1,6 +1,6 @@
 """What the analysis says of the hidden beyond its zeros and masks: from counts, from a probe, by thresholds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,15 @@ import numpy as np
 from tsparse.analysis import experts, neurons, statistics, thresholds, unions
 from tsparse.analysis.probe import probe
 from tsparse.data import EvaluationSet
+from tsparse.errors import UserError
 from tsparse.evaluate.perplexity import Evaluation
 from tsparse.models.transformer import Transformer
 
 Batches = Sequence[dict[str, np.ndarray]]
 
-# What is made of a text, and what that costs: nothing beside its counts, one more forward, or some forty.
-PARTS = ("counts", "tokens", "thresholds")
+# What is made of a text -> how often `progress` is called. It costs: "counts" nothing beside them, "tokens" a forward
+# pass, "thresholds" four for each of them and some more.
+PARTS = {"counts": 0, "tokens": 1, "thresholds": 5}
 
 DEFINITIONS = {
   **statistics.DEFINITIONS,
@@ -33,7 +35,7 @@ def observe(
   mesh: jax.sharding.Mesh,
   natural: Evaluation,
   *,
-  parts: Sequence[str] = PARTS,
+  parts: Collection[str] = tuple(PARTS),
   calibration: EvaluationSet | None = None,
   levels: Sequence[float] = (),
   progress: Callable[[str], None] = lambda _: None,
@@ -46,7 +48,7 @@ def observe(
     data: held-out batches.
     mesh: the devices, set by `jax.set_mesh`.
     natural: the model as it is on `data`.
-    parts: some of PARTS.
+    parts: keys of PARTS.
     calibration: other documents to find thresholds on; None for the evaluated ones, which the result then says.
     levels: target sparsities of the thresholds.
     progress: called with a line after each piece of work.
@@ -70,6 +72,13 @@ def observe(
       model, params, data, mesh, natural, calibration or data, levels, progress=progress
     )
   return found
+
+
+def check_parts(names: Sequence[str]):
+  """Raises UserError for a name that is no key of PARTS."""
+  for name in names:
+    if name not in PARTS:
+      raise UserError(f"--parts={','.join(names)}: {name!r} is unknown, choose of {', '.join(PARTS)}.")
 
 
 def token_statistics(

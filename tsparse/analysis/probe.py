@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import struct
 
 from tsparse.errors import UserError
+from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import FeedForward, Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
@@ -53,7 +54,6 @@ class Seen(NamedTuple):
 
 
 Observe = Callable[[Seen, Any], Any]  # (seen, settings of the layer) -> sums over its tokens, a pytree of arrays
-Change = Callable[[Seen, Any], Array]  # (seen, settings of the layer) -> the hidden that `down` shall read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +76,17 @@ class Probed:
     counts, sums = jax.tree.map(np.add, (self.counts, self.sums), (other.counts, other.sums))
     return Probed(self.nll + other.nll, self.tokens + other.tokens, counts, sums)
 
-  @property
-  def loss(self) -> float:
-    """Nats per token."""
-    return self.nll / self.tokens
+
+def by_kind(settings: Any, config: ModelConfig) -> dict[str, Any]:
+  """A pytree with a leading axis of all layers as the kinds of FFN see it: each its own layers' part."""
+  first = config.dense_layers
+  head, rest = jax.tree.map(lambda x: x[:first], settings), jax.tree.map(lambda x: x[first:], settings)
+  return {kind: head if kind == "first" else rest for kind in ffn_layers(config)}
+
+
+def check_finite(model: Transformer, params: Any, batches: Sequence[dict[str, np.ndarray]], mesh: jax.sharding.Mesh):
+  """Raises the UserError of `probe` if the loss is not finite."""
+  probe(model, params, batches, mesh, lambda *_: {})
 
 
 def probe(
@@ -89,7 +96,6 @@ def probe(
   mesh: jax.sharding.Mesh,
   observe: Observe,
   settings: Any = None,
-  change: Change | None = None,
 ) -> Probed:
   """Runs the model over the batches and adds up what `observe` makes of each FFN, in memory that does not grow.
 
@@ -101,7 +107,6 @@ def probe(
     observe: a pure function, called with each layer's FFN (its routed and its shared experts one after the other) and
       the layer's settings. One program is compiled for each such function and shape of the settings.
     settings: a pytree whose leaves have a leading axis L. They are traced.
-    change: optionally what the hidden becomes; `observe` then sees the changed one.
 
   Raises:
     UserError: the loss is not finite.
@@ -109,7 +114,7 @@ def probe(
   plain = Transformer(dataclasses.replace(model.config, moe_impl="dense", remat="none"))
   total = None
   for batch in batches:
-    nll, found = _batch_sums(plain, observe, change, params, place(batch, mesh), settings)
+    nll, found = _batch_sums(plain, observe, params, place(batch, mesh), settings)
     if not np.isfinite(nll):
       raise UserError(_first_not_finite({kind: np.asarray(finite) for kind, (_, finite, _) in found.items()}))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
@@ -133,37 +138,20 @@ def _first_not_finite(finite: dict[str, np.ndarray]) -> str:
 
 @struct.dataclass
 class _Probe:
-  """Travels as the intervention, so that the model's scan over layers hands each FFN the settings of its layer."""
+  """Travels as the intervention on a kind of FFN, so that the model's scan gives it the settings of its layer."""
 
   settings: Any
   observe: Observe = struct.field(pytree_node=False)
-  change: Change | None = struct.field(pytree_node=False)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _batch_sums(model, observe, change, params, batch, settings):
-  """Sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _batch_sums(model, observe, params, batch, settings):
+  """Sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
+  probes = {kind: _Probe(of_kind, observe) for kind, of_kind in by_kind(settings, model.config).items()}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):
-    nll, _, found = token_losses(model, params, batch, _Probe(settings, observe, change))
+    nll, _, found = token_losses(model, params, batch, probes)
   return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), found))
-
-
-@dataclasses.dataclass
-class _Watch:
-  """The intervention on one FFN: shows what it did to `observe` and keeps the sums."""
-
-  probe: _Probe
-  seen: Callable[..., Seen]  # of gate, up, hidden
-  sums: Any = None
-
-  def __call__(self, gate: Array, up: Array, hidden: Array) -> Array:
-    whole = (*gate.shape[:2], -1, gate.shape[-1])  # a dense FFN is one expert
-    seen = self.seen(*(x.reshape(whole) for x in (gate, up, hidden)))
-    if self.probe.change is not None:
-      seen = seen._replace(hidden=self.probe.change(seen, self.probe.settings).astype(hidden.dtype))
-    self.sums = self.probe.observe(seen, self.probe.settings)
-    return seen.hidden.reshape(hidden.shape)
 
 
 def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -172,17 +160,21 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
   if not isinstance(ffn, FeedForward) or context.method_name != "__call__":
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
-  x, valid, intervene = (bound.arguments[name] for name in ("x", "valid", "intervene"))
-  probe = intervene.probe if isinstance(intervene, _Watch) else intervene  # a shared expert's caller is watched already
-  weights = ffn.variables["params"]
+  x, valid, interventions = (bound.arguments[name] for name in ("x", "valid", "interventions"))
+  probe, weights, sums = interventions["ffn"], ffn.variables["params"], []
   down = weights["down"].astype(x.dtype)
   reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]
-  down = down.reshape(-1, *down.shape[-2:])
-  watch = _Watch(probe, lambda gate, up, hidden: Seen(gate, up, hidden, reached, down, positions))
-  bound.arguments["intervene"] = watch
+
+  def watch(gate, up, hidden, expert):
+    del expert  # all of them, in order
+    whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (gate, up, hidden))  # a dense FFN is one expert
+    sums.append(probe.observe(Seen(*whole, reached, down.reshape(-1, *down.shape[-2:]), positions), probe.settings))
+    return hidden
+
+  bound.arguments["interventions"] = interventions | {"ffn": watch}
   out, counts, *rest = call(*bound.args[1:], **bound.kwargs)
   finite = jnp.all(jnp.isfinite(out) | ~valid[..., None])
-  return out, counts | {"ffn": (counts["ffn"], finite, watch.sums)}, *rest
+  return out, counts | {"ffn": (counts["ffn"], finite, *sums)}, *rest
 
 
 def _reached(x: Array, router: Array, valid: Array, experts_per_token: int) -> Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +12,22 @@ import jax
 from rich.console import Console
 
 from tsparse import files, sharding, workdir
-from tsparse.analysis import confidence
+from tsparse.analysis import confidence, neurons
 from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
 from tsparse.analysis.masks import check_selections
+from tsparse.analysis.observe import PARTS, check_parts
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, evaluation_batches, load_vocabulary, same_vocabulary
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, parameter_counts
+from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
 
 SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
+CALIBRATION_TOKENS = 8192  # that thresholds are found on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Case:
     levels: sparsities of the masked-perplexity curves.
     selections: what the curves' masks keep, keys of masks.SELECTIONS.
     mask_shared: mask shared experts too.
+    parts: of what is beyond zeros and masks, keys of observe.PARTS.
+    calibration: other documents to find thresholds on, None if there are none.
+    keep: called with the counts of every neuron.
   """
 
   name: str
@@ -50,11 +56,14 @@ class Case:
   levels: Sequence[float]
   selections: Sequence[str] = ("hidden",)
   mask_shared: bool = False
+  parts: Sequence[str] = ("counts",)
+  calibration: EvaluationSet | None = None
+  keep: Callable[[ModelCounts], None] = lambda _: None
 
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
   """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  total = sum(passes(case.data, case.levels, case.selections) for case in cases)
+  total = sum(passes(case.data, case.levels, case.selections, case.parts) for case in cases)
   with ProgressLine(console, "analysis", 0, total) as bar:
     models = [_analyze_case(case, mesh, bar) for case in cases]
   return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
@@ -76,6 +85,9 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     levels=case.levels,
     selections=case.selections,
     mask_shared=case.mask_shared,
+    parts=case.parts,
+    calibration=case.calibration,
+    keep=case.keep,
     progress=bar.advance,
   )
 
@@ -90,6 +102,8 @@ def run(
   selections: Sequence[str] = ("hidden",),
   mask_shared: bool = False,
   paper: bool = False,
+  parts: Sequence[str] = tuple(PARTS),
+  export: str = "",
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
@@ -106,6 +120,8 @@ def run(
     selections: what the curves' masks keep, keys of masks.SELECTIONS.
     mask_shared: mask shared experts too.
     paper: add Tables 1-3 of Turbo Sparse, its numbers beside these.
+    parts: of what is beyond zeros and masks, keys of observe.PARTS.
+    export: how the counts of every neuron are written, one of neurons.FORMS; "" for not at all.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for 512, or the least that a model is made for.
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
@@ -116,6 +132,8 @@ def run(
   """
   console = console or Console()
   check_selections(selections)
+  check_parts(parts)
+  neurons.check_form(export)
   files.check_new(out)
   names = unique_names(models)
   stored = [open_model(Path(model)) for model in models]
@@ -134,14 +152,22 @@ def run(
     _check_fits(model, mesh)
   eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
-    texts = _texts(stored, data, eos, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
+    settings = {"seq_len": seq_len, "batch_size": batch_size}
+    texts = _texts(stored, data, eos, max_tokens=tokens, **settings)
+    others = [
+      _calibration(model, data, text, settings) if "thresholds" in parts else None
+      for model, text in zip(stored, texts, strict=True)
+    ]
 
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
     cases = [
-      Case(name, model, model.config, text, _described(data, text), levels, selections, mask_shared)
-      for name, model, text in zip(names, stored, texts, strict=True)
-    ]
+      Case(
+        name, model, model.config, text, _described(data, text), levels, selections, mask_shared, parts, other,
+        _exporter(folder / "activation" / (name if len(names) > 1 else ""), export),
+      )
+      for name, model, text, other in zip(names, stored, texts, others, strict=True)
+    ]  # fmt: skip
     analysis = analyze_cases(cases, mesh, console) | {"paper": paper}
     facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
     page = write_report(analysis, facts | workdir.environment(), folder)
@@ -186,6 +212,18 @@ def _described(data: str, text: EvaluationSet) -> str:
   parts = [] if text.eos else ["end-of-text tokens not scored"]
   parts += ([] if text.split == "all" else [text.split]) + ([] if text.complete else ["a part of it"])
   return f"{data} ({', '.join(parts)})" if parts else data
+
+
+def _calibration(model: Model, data: str, text: EvaluationSet, settings: dict[str, int]) -> EvaluationSet | None:
+  """Documents after the evaluated ones; None where those are all."""
+  if text.complete:
+    return None
+  source = SimpleNamespace(train="", validation=data, vocabulary=model.vocabulary, eos=text.eos)
+  return evaluation_batches(source, max_tokens=CALIBRATION_TOKENS, skip=text.documents, **settings)
+
+
+def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:
+  return lambda counts: neurons.export(counts, folder, form) if form else None
 
 
 def _texts(stored: Sequence[Model], data: str, eos: bool, **settings) -> list[EvaluationSet]:

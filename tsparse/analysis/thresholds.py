@@ -20,11 +20,11 @@ import numpy as np
 from flax import struct
 
 from tsparse.activations import activation
-from tsparse.analysis.probe import Observe, Probed, Seen, probe
+from tsparse.analysis.masks import down_norms
+from tsparse.analysis.probe import Observe, Seen, by_kind, probe
 from tsparse.analysis.statistics import by_layer
 from tsparse.data import EvaluationSet
-from tsparse.evaluate.perplexity import Evaluation, evaluate
-from tsparse.models.counts import model_zero_fraction
+from tsparse.evaluate.perplexity import Evaluation, evaluate_each
 from tsparse.models.transformer import Transformer
 
 Array = jax.Array
@@ -51,7 +51,7 @@ DEFINITIONS = {
 }
 
 
-# Interventions: every leaf has a leading axis L, and a layer's slice is a scalar.
+# Interventions: `epsilon` has a leading axis of the layers of a kind of FFN, and a layer's slice is a scalar.
 
 
 @struct.dataclass
@@ -64,9 +64,9 @@ class Magnitude:
 
   epsilon: Array
 
-  def __call__(self, gate: Array, up: Array, hidden: Array) -> Array:
+  def __call__(self, gate: Array, up: Array, hidden: Array, expert: Array | None) -> Array:
     """Masked hidden [..., F]."""
-    del gate, up
+    del gate, up, expert
     return jnp.where(hidden_size(hidden) >= self.epsilon, hidden, 0)
 
 
@@ -82,10 +82,29 @@ class Cats:
   epsilon: Array
   act: str = struct.field(pytree_node=False)
 
-  def __call__(self, gate: Array, up: Array, hidden: Array) -> Array:
+  def __call__(self, gate: Array, up: Array, hidden: Array, expert: Array | None) -> Array:
     """Masked hidden [..., F]."""
-    del up
+    del up, expert
     return jnp.where(gate_size(gate, self.act) >= self.epsilon, hidden, 0)
+
+
+@struct.dataclass
+class Contribution:
+  """Zeroes the entries with |hidden_i| ||down_i|| < epsilon.
+
+  Attributes:
+    epsilon: [L] float32.
+    norm: ||down_i||, [L, F] float32, with experts [L, E, F]: `masks.down_norms`.
+  """
+
+  epsilon: Array
+  norm: Array
+
+  def __call__(self, gate: Array, up: Array, hidden: Array, expert: Array | None) -> Array:
+    """Masked hidden [..., F]."""
+    del gate, up
+    norm = self.norm if expert is None else self.norm[expert]
+    return jnp.where(hidden_size(hidden) * norm >= self.epsilon, hidden, 0)
 
 
 def hidden_size(hidden: Array) -> Array:
@@ -96,16 +115,6 @@ def hidden_size(hidden: Array) -> Array:
 def gate_size(gate: Array, act: str) -> Array:
   """|act(gate)| in float32, act being what the activation makes of gate where up is 1: silu(gate) for swiglu."""
   return jnp.abs(activation(act)(gate, jnp.ones_like(gate)).astype(jnp.float32))
-
-
-def contribution(seen: Seen) -> Array:
-  """|hidden_i| ||down_i||, [B, T, E, F] float32: the norm of what each neuron adds to the FFN's output."""
-  return hidden_size(seen.hidden) * jnp.linalg.norm(seen.down.astype(jnp.float32), axis=-1)
-
-
-def drop_small_contributions(seen: Seen, epsilon: Array) -> Array:
-  """The `Change` of CETT: hidden with the neurons of contribution < epsilon [] zeroed."""
-  return jnp.where(contribution(seen) >= epsilon, seen.hidden, 0)
 
 
 # What is measured at thresholds epsilon [G] of a layer: (sums [G, T], number of which they are the sums, [T]).
@@ -133,10 +142,11 @@ class GateBelow:
 
 def cett(seen: Seen, epsilon: Array) -> tuple[Array, Array]:
   """Sum of the CETT of tokens (each at each expert it reached), and their number."""
-  contributions, hidden = contribution(seen), seen.hidden.astype(jnp.float32)
+  hidden, down = seen.hidden.astype(jnp.float32), seen.down.astype(jnp.float32)
+  contributions = jnp.abs(hidden) * jnp.linalg.norm(down, axis=-1)  # [B, T, E, F]
 
   def length(hidden):  # [B, T, E, F] -> ||hidden down||, [B, T, E]
-    return jnp.linalg.norm(jnp.einsum("btef,efd->bted", hidden, seen.down.astype(jnp.float32)), axis=-1)
+    return jnp.linalg.norm(jnp.einsum("btef,efd->bted", hidden, down), axis=-1)
 
   whole = length(hidden)
 
@@ -266,12 +276,23 @@ def threshold_curves(
     and "calibration".
   """
   calibrator = Calibrator(model, params, calibration.batches, mesh)
-  act, targets = model.config.activation, [level for level in levels if level > 0]
-  methods = {
-    "fat": (hidden_below, True, Magnitude),
-    "teal_down": (hidden_below, False, Magnitude),
-    "cats": (GateBelow(act), False, lambda epsilon: Cats(epsilon, act)),
+  config, act, targets = model.config, model.config.activation, [level for level in levels if level > 0]
+  norms = jax.jit(down_norms, static_argnums=0)(config, params)
+  below = {"fat": hidden_below, "teal_down": hidden_below, "cats": GateBelow(act)}
+  interventions = {
+    "fat": lambda kind, epsilon: Magnitude(epsilon),
+    "teal_down": lambda kind, epsilon: Magnitude(epsilon),
+    "cats": lambda kind, epsilon: Cats(epsilon, act),
+    "cett": lambda kind, epsilon: Contribution(epsilon, norms[kind]),
   }
+
+  def masked(method: str, epsilons: np.ndarray) -> list[dict[str, float]]:
+    """Points of the curve of a method at the thresholds [L, G]."""
+    parts = [by_kind(jnp.asarray(epsilon, jnp.float32), config) for epsilon in epsilons.T]
+    each = [{kind: interventions[method](kind, epsilon) for kind, epsilon in part.items()} for part in parts]
+    found = evaluate_each(model, params, data.batches, mesh, each)
+    return [{"sparsity": e.zero_fraction, "loss": e.loss, "perplexity": e.perplexity} for e in found]
+
   result = {
     "calibration": {
       "documents": calibration.documents,
@@ -279,25 +300,26 @@ def threshold_curves(
       "held_out": calibration is not data,
     }
   }
-  for name, (observe, together, intervention) in methods.items():
-    found = calibrator.curves(observe, targets, together).at(targets) if targets else np.zeros((1, 0))  # [L, targets]
+  for name, observe in below.items():
     result[name] = []
-    for target, epsilon in zip(targets, found.T, strict=True):
-      masked = evaluate(model, params, data.batches, mesh, intervention(jnp.asarray(epsilon, jnp.float32)))
-      where = {"epsilon": float(epsilon[0])} if together else {"epsilon_per_layer": epsilon.tolist()}
-      result[name].append({"target": target} | where | _point(masked))
+    if targets:
+      epsilons = calibrator.curves(observe, targets, together=name == "fat").at(targets)  # [L, targets]
+      for target, epsilon, point in zip(targets, epsilons.T, masked(name, epsilons), strict=True):
+        where = {"epsilon": float(epsilon[0])} if name == "fat" else {"epsilon_per_layer": epsilon.tolist()}
+        result[name].append({"target": target} | where | point)
     progress(name)
   curves = calibrator.curves(cett, cetts)
 
-  def at(value: float) -> dict[str, Any]:
-    epsilon = curves.at([value])[:, 0]
-    settings = jnp.asarray(epsilon, jnp.float32)
-    masked = probe(model, params, data.batches, mesh, nothing, settings, drop_small_contributions)
-    return {"cett": value} | _point(masked) | {"epsilon_per_layer": epsilon.tolist()}
+  def at(values: Sequence[float]) -> list[dict[str, Any]]:
+    epsilons = curves.at(values)
+    return [
+      {"cett": value, "epsilon_per_layer": epsilon.tolist()} | point
+      for value, epsilon, point in zip(values, epsilons.T, masked("cett", epsilons), strict=True)
+    ]
 
-  result["cett"] = [at(value) for value in cetts]
+  result["cett"] = at(cetts)
   progress("cett")
-  result["ppl_p"] = [ppl_p(at, result["cett"], natural, percent) for percent in percents]
+  result["ppl_p"] = [ppl_p(lambda value: at([value])[0], result["cett"], natural, percent) for percent in percents]
   progress("ppl_p")
   return result
 
@@ -336,47 +358,3 @@ def ppl_p(
     else:
       bad = point["cett"]
   return {"p": percent, "at_least": bad is None} | {key: best[key] for key in ("cett", "sparsity", "perplexity")}
-
-
-def nothing(seen: Seen, settings: Any) -> dict[str, Array]:
-  """Observes nothing: the loss and the counts of `probe` are enough."""
-  del seen, settings
-  return {}
-
-
-def _point(masked: Evaluation | Probed) -> dict[str, float]:
-  sparsity = float(model_zero_fraction(masked.counts))
-  return {"sparsity": sparsity, "loss": masked.loss, "perplexity": float(np.exp(masked.loss))}
-
-
-METHODS = {"fat": "FAT", "teal_down": "TEAL (down)", "cats": "CATS", "cett": "CETT"}
-
-
-def method_rows(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """One table of all ways to sparsity: rows of model, activation, method, target, sparsity, loss, perplexity, change.
-
-  "SwiGLU + CATS at 50%" stands in it beside "dReLU, masked at 90%". `target` is what the method was asked for (a
-  sparsity, for CETT its error), and `change` the perplexity over that of the same model as it is, - 1.
-
-  Args:
-    models: entries of "models" in analysis.json.
-  """
-  rows = []
-  for model in models:
-    points = [("as it is", {"sparsity": model["zero_fraction"]["mean"], "loss": model["loss"]}, None)]
-    points += [("top-k", point, point["sparsity"]) for point in model.get("curve") or () if point["sparsity"] > 0]
-    for key, name in METHODS.items():
-      for point in model.get("thresholds", {}).get(key, ()):
-        points.append((name, point, point.get("target", point.get("cett"))))
-    for method, point, target in points:
-      rows.append({
-        "model": model["name"],
-        "activation": model["activation"],
-        "method": method,
-        "target": target,
-        "sparsity": point["sparsity"],
-        "loss": point["loss"],
-        "perplexity": float(np.exp(point["loss"])),
-        "change": float(np.expm1(point["loss"] - model["loss"])),
-      })  # fmt: skip
-  return rows

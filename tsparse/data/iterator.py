@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import weakref
 import zipfile
@@ -171,19 +172,21 @@ class EvaluationSet:
     return 1 - self.tokens / sum(batch["targets"].size for batch in self.batches)
 
 
-def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int) -> EvaluationSet:
+def evaluation_batches(data, *, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0) -> EvaluationSet:
   """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold.
 
   If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. The same on every host.
+  The first `skip` documents are left out.
 
   Raises:
-    UserError: as `check_data`.
+    UserError: as `check_data`, or all are left out.
   """
   name, split = _validation(data)
   tasks.check_split(name, split)
   _check_disjoint(data)
   chosen, tokens, complete = [], 0, True
-  for document in _Documents(name, split, data, seed=EVALUATION_SEED, epochs=1):
+  documents = _Documents(name, split, data, seed=EVALUATION_SEED, epochs=1)
+  for document in itertools.islice(documents, skip, None):
     complete = tokens + len(document) <= max_tokens
     if not complete and chosen:
       break

@@ -2,16 +2,20 @@
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from tests.convert.test_huggingface import save_huggingface
 from tsparse.analysis import run as analysis_run
 from tsparse.analysis.run import parse_levels, unique_names
 from tsparse.convert.convert import convert
-from tsparse.data import bos_id, load_vocabulary
+from tsparse.convert.model import open_model
+from tsparse.data import bos_id, evaluation_batches, load_vocabulary
 from tsparse.errors import UserError
 
 TEXTS = [f"story {i}: " + "the cat sat. " * (i % 9) for i in range(40)]  # up to 118 bytes, of 64 positions
@@ -159,6 +163,28 @@ def test_what_cannot_be_is_a_sentence_and_nothing_is_written(changes, sentence, 
   with pytest.raises(UserError, match=sentence):
     analyze(**arguments, out=type(tmp_path)(out))
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_logits_that_are_not_finite_are_a_sentence_that_names_the_layer(small, tmp_path):
+  shutil.copytree(small[0], tmp_path / "model")
+  weights = load_file(tmp_path / "model" / "model.safetensors")
+  weights["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+  save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+  with pytest.raises(UserError, match="not finite: values in layer 1"):
+    analyze([tmp_path / "model"], small[1], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_thresholds_are_found_on_documents_that_are_not_evaluated(small, tmp_path):
+  model, path = open_model(small[0]), save_texts(tmp_path / "texts.jsonl", TEXTS)
+  source = SimpleNamespace(train="", validation=str(path), vocabulary="bytes", eos=True)
+  settings = {"seq_len": 64, "batch_size": 8}
+  everything = evaluation_batches(source, max_tokens=10**6, **settings)
+  assert analysis_run._calibration(model, str(path), everything, settings) is None  # no others are left
+  text = evaluation_batches(source, max_tokens=500, **settings)
+  others = analysis_run._calibration(model, str(path), text, settings)
+  assert others.documents + text.documents == everything.documents == 40
+  assert others.tokens + text.tokens == everything.tokens
 
 
 def test_an_analysis_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):

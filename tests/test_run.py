@@ -75,6 +75,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path
     (["--model=nowhere", "--data=nothing.jsonl", "--levels=half"], "--levels=half"),
     (["--model=nowhere", "--data=nothing.jsonl", "--tokens=0"], "--tokens=0"),
     (["--model=nowhere", "--data=nothing.jsonl", "--selection=gates"], "the nearest is 'gate'"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--parts=counts,all"], "'all' is unknown"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--export=gguf"], "--export=gguf is unknown"),
     (["--model=nowhere", "--model=here", "--data=nothing.jsonl"], "nowhere holds no model"),
   ],
 )

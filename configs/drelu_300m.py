@@ -3,6 +3,9 @@
   python experiments/run.py --config=configs/drelu_300m.py \\
     --config.data.train=FINEWEB_FOLDER --config.data.vocabulary=llama2.model
 
+The same with `:swiglu`, then analyze.py on both workdirs with --data=WIKITEXT2 --paper, writes Tables 1-3 with the
+paper's numbers beside. On 2 cores: configs/drelu_small.py.
+
 The paper: fineweb, 5B tokens = 19,073 steps of 128 x 2048, AdamW (0.9, 0.95), weight decay 0.01, cosine from 1e-4,
 2000 warm-up steps, 4 x A100-80G; training loss 3.154 (dReLU) and 3.146 (SwiGLU). It does not print d_ff, the clipping
 norm and the final learning rate: 2752 (8/3 of d_model, which makes the model 300M), 1.0 and a tenth of the peak are

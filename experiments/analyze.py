@@ -23,6 +23,17 @@ ROOT = flags.DEFINE_string("root", "", "Folder or bucket with the sources of a m
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of .jsonl lines and .parquet columns, that holds the text.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
 LEVELS = flags.DEFINE_list("levels", "0,0.5,0.8,0.85,0.9", "Shares of the hidden that are masked, each in [0, 1).")
+SELECTION = flags.DEFINE_list(
+  "selection", "hidden", "Which entries the masks keep: hidden (the paper's), gate, up, contribution."
+)
+MASK_SHARED = flags.DEFINE_boolean("mask_shared", False, "Mask shared experts too; the paper does not say if it did.")
+PAPER = flags.DEFINE_boolean("paper", False, "Add Tables 1-3 of Turbo Sparse, its numbers beside these.")
+PARTS = flags.DEFINE_list(
+  "parts", "counts,tokens,thresholds", "What is measured beside zeros and masks; each takes longer than the one before."
+)
+EXPORT = flags.DEFINE_string(
+  "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."
+)
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
@@ -47,6 +58,11 @@ def main():
     Path(OUT.value),
     levels=parse_levels(LEVELS.value),
     tokens=TOKENS.value,
+    selections=tuple(dict.fromkeys(SELECTION.value)),
+    mask_shared=MASK_SHARED.value,
+    paper=PAPER.value,
+    parts=PARTS.value,
+    export=EXPORT.value,
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
     eos=EOS.value,

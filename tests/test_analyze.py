@@ -2,23 +2,27 @@
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from tests.convert.test_huggingface import save_huggingface
 from tsparse.analysis import run as analysis_run
 from tsparse.analysis.run import parse_levels, unique_names
 from tsparse.convert.convert import convert
-from tsparse.data import bos_id, load_vocabulary
+from tsparse.convert.model import open_model
+from tsparse.data import bos_id, evaluation_batches, load_vocabulary
 from tsparse.errors import UserError
 
 TEXTS = [f"story {i}: " + "the cat sat. " * (i % 9) for i in range(40)]  # up to 118 bytes, of 64 positions
 
 
 def analyze(models, data, out, **settings):
-  settings = {"levels": (), "tokens": 10**6} | settings
+  settings = {"levels": (), "tokens": 10**6, "parts": ("counts",)} | settings
   return analysis_run.run([str(m) for m in models], str(data), out, console=Console(quiet=True), **settings)
 
 
@@ -68,7 +72,8 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
   convert(tmp_path / "a" / "model", tmp_path / "b" / "model", "tsparse", activation="drelu")
   text = save_texts(tmp_path / "text.jsonl", TEXTS)
   out = tmp_path / "out" / "here"
-  made = analyze([tmp_path / "a" / "model", tmp_path / "b" / "model"], text, out, levels=(0.0, 0.5))
+  settings = {"levels": (0.0, 0.5), "selections": ("hidden", "gate", "up", "contribution"), "paper": True}
+  made = analyze([tmp_path / "a" / "model", tmp_path / "b" / "model"], text, out, **settings)
 
   documents = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
   loss, tokens, zeros = reference(theirs, documents, 0, seq_len=64)
@@ -85,8 +90,14 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"here"}
   assert {path.name for path in out.iterdir()} == {
-    "report.html", "analysis.json", "summary.json", "perplexity_vs_sparsity.png", "zeros_per_layer.png"
+    "report.html", "analysis.json", "summary.json", "csv",
+    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png",
   }  # fmt: skip
+  assert [curve["selection"] for curve in drelu["curves"]] == list(settings["selections"])
+  assert relu["curves"][0]["points"] == relu["curve"] != relu["curves"][1]["points"]
+  (pair,) = made["comparisons"]  # the same documents
+  assert pair["difference"] == pytest.approx(drelu["loss"] - relu["loss"]) and pair["interval"][0] < pair["interval"][1]
+  assert sum(drelu["per_document"]["tokens"]) == tokens and len(drelu["per_document"]["nll"]) == 40
   assert json.loads((out / "analysis.json").read_text()) == made
   assert json.loads((out / "summary.json").read_text())["seq_len"] == 64
 
@@ -130,12 +141,15 @@ def test_only_a_part_of_the_text_is_said(small, tmp_path):
     ({"models": ["{model}", "{model}/../model"]}, "is given twice"),
     ({"models": ["{tmp}/narrow"]}, "has 259 ids and the model embeds 97"),
     ({"seq_len": 65}, "more than the 64 tokens"),
+    ({"data": "{tmp}/short.jsonl"}, "holds 11 tokens, less than a row of 64"),
+    ({"selections": ("hidden", "contributions")}, "'contributions' is unknown, the nearest is 'contribution'"),
     ({"batch_size": 12}, "use a multiple of 8"),
     ({"memory": 100}, "does not fit"),
   ],
 )
 def test_what_cannot_be_is_a_sentence_and_nothing_is_written(changes, sentence, small, tmp_path, monkeypatch):
   (tmp_path / "empty.jsonl").write_text("\n")
+  save_texts(tmp_path / "short.jsonl", ["ten letters"[:10]])
   (tmp_path / "folder").mkdir()
   save_bytes_model(tmp_path / "narrow", vocab_size=97)
   arguments = {"models": ["{model}"], "data": str(small[1]), "out": "{tmp}/out"} | changes
@@ -149,6 +163,28 @@ def test_what_cannot_be_is_a_sentence_and_nothing_is_written(changes, sentence, 
   with pytest.raises(UserError, match=sentence):
     analyze(**arguments, out=type(tmp_path)(out))
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_logits_that_are_not_finite_are_a_sentence_that_names_the_layer(small, tmp_path):
+  shutil.copytree(small[0], tmp_path / "model")
+  weights = load_file(tmp_path / "model" / "model.safetensors")
+  weights["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+  save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+  with pytest.raises(UserError, match="not finite: values in layer 1"):
+    analyze([tmp_path / "model"], small[1], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_thresholds_are_found_on_documents_that_are_not_evaluated(small, tmp_path):
+  model, path = open_model(small[0]), save_texts(tmp_path / "texts.jsonl", TEXTS)
+  source = SimpleNamespace(train="", validation=str(path), vocabulary="bytes", eos=True)
+  settings = {"seq_len": 64, "batch_size": 8}
+  everything = evaluation_batches(source, max_tokens=10**6, **settings)
+  assert analysis_run._calibration(model, str(path), everything, settings) is None  # no others are left
+  text = evaluation_batches(source, max_tokens=500, **settings)
+  others = analysis_run._calibration(model, str(path), text, settings)
+  assert others.documents + text.documents == everything.documents == 40
+  assert others.tokens + text.tokens == everything.tokens
 
 
 def test_an_analysis_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):

@@ -65,3 +65,11 @@ def test_a_kernel_is_charged_for_its_own_time_alone():
   ]  # fmt: skip
   script = runpy.run_path(str(ROOT / "benchmarks" / "mfu.py"), run_name="mfu")
   assert script["kernels"](trace, "gpu") == {"gemm": 5.0, "while": 2.0, "softmax": 1.0}
+
+
+def test_the_benchmark_of_the_analysis_runs(tmp_path):
+  sizes = ["--tokens=16", "--layers=1", "--d_model=128", "--d_ff=64", "--repeats=1"]
+  done, rows = run("analysis.py", *sizes, out=tmp_path / "analysis.json")
+  rows = {row["what"]: row for row in rows}
+  assert rows["plain"]["ratio"] == 1 and rows["sweep of 10 levels"]["forwards"] == 10 and len(rows) == 6
+  assert "masked by contribution" in done.stdout

@@ -77,6 +77,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path
     ([], "--model, --data and --out are needed"),
     (["--model=nowhere", "--data=nothing.jsonl", "--levels=half"], "--levels=half"),
     (["--model=nowhere", "--data=nothing.jsonl", "--tokens=0"], "--tokens=0"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--selection=gates"], "the nearest is 'gate'"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--parts=counts,all"], "'all' is unknown"),
+    (["--model=nowhere", "--data=nothing.jsonl", "--export=gguf"], "--export=gguf is unknown"),
     (["--model=nowhere", "--model=here", "--data=nothing.jsonl"], "nowhere holds no model"),
   ],
 )
@@ -120,7 +123,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     result = run(*words[2:], script=script)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     done.append(script)
-  assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 1
+  assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 2
   assert done.count("plan.py") > 1
 
 

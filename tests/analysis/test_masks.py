@@ -6,13 +6,19 @@ import pytest
 from configs import default
 from tsparse import sharding
 from tsparse.analysis import masks
-from tsparse.analysis.analyze import analyze, hidden_statistics
+from tsparse.analysis.analyze import analyze, hidden_statistics, passes
 from tsparse.data import EvaluationSet
+from tsparse.errors import UserError
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation
-from tsparse.models.config import model_config
+from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.counts import HiddenCounts
 from tsparse.models.transformer import Transformer, init_parameters
+
+SIZES = {
+  "vocab_size": 264, "num_layers": 3, "d_model": 16, "d_ff": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8,
+  "max_seq_len": 64, "dtype": "float32", "activation": "drelu",
+}  # fmt: skip
 
 
 def numpy_largest(x, k):
@@ -27,15 +33,50 @@ def test_exactly_the_k_largest_are_kept_whatever_the_ties(k):
   x = np.abs(np.random.default_rng(0).normal(size=(5, 3, 64))).astype(np.float32)
   x[1] = np.round(x[1], 1)  # many ties
   x[2], x[3, :, 5:] = 0, 0
-  np.testing.assert_array_equal(jax.jit(masks.largest)(x, k), numpy_largest(x, k))
+  np.testing.assert_array_equal(jax.jit(masks.largest)(x, k), numpy_largest(x, k) & (x > 0))
 
 
 def test_top_k_zeroes_round_of_sparsity_times_neurons():
   hidden = np.random.default_rng(0).normal(size=(2, 4, 50)).astype(np.float32)
   for level in (0.0, 0.5, 0.85, 0.9):
-    out = np.asarray(masks.TopK(jnp.float32(level))(None, None, hidden))
+    out = np.asarray(masks.TopK(jnp.float32(level))(None, None, hidden, None))
     keep = numpy_largest(np.abs(hidden), 50 - round(level * 50))
     np.testing.assert_array_equal(out, np.where(keep, hidden, 0))
+
+
+@pytest.mark.parametrize("selection", masks.SELECTIONS)
+def test_each_selection_keeps_the_largest_of_its_own_score(selection):
+  """Rows of two experts, whose norms differ, and of a dense FFN, in bfloat16 and so with equal scores."""
+  rng = np.random.default_rng(0)
+  gate, up = jnp.asarray(rng.normal(size=(2, 6, 40)), jnp.bfloat16)
+  hidden, expert = jax.nn.silu(gate) * up, jnp.array([0, 1, 1, 0, 1, 0])
+  norm = np.exp(rng.normal(size=(2, 40))).astype(np.float32)
+  score = {"hidden": hidden, "gate": gate, "up": up}.get(selection)
+  for number, norms in ((expert, norm), (None, norm[1])):
+    of_row = norms[expert] if number is not None else norms
+    wanted = np.abs(np.asarray(hidden * of_row if score is None else score, np.float32))
+    out = masks.TopK(jnp.float32(0.7), norms, selection)(gate, up, hidden, number)
+    np.testing.assert_array_equal(out, np.where(numpy_largest(wanted, 12), hidden, 0))
+
+
+def test_norms_are_those_of_the_rows_of_down():
+  config = ModelConfig(
+    **SIZES, num_experts=3, experts_per_token=2, num_shared_experts=1, shared_d_ff=12, dense_layers=1, dense_d_ff=10
+  )
+  params = jax.jit(lambda key: init_parameters(Transformer(config), key))(jax.random.key(0))
+  norms = masks.down_norms(config, params)
+  assert {kind: x.shape for kind, x in norms.items()} == {"ffn": (2, 3, 8), "shared": (2, 12), "first": (1, 10)}
+  down = np.asarray(params["layers"]["ffn"]["down"])
+  np.testing.assert_allclose(norms["ffn"][1, 2], np.sqrt((down[1, 2] ** 2).sum(1)), rtol=1e-6)
+  plain, all_masked = (masks.topk_everywhere(0.5, config, norms, "contribution", shared) for shared in (False, True))
+  assert set(plain) == {"ffn", "first"} and set(all_masked) == set(norms)
+  assert all_masked["first"].sparsity.shape == (1,) and all_masked["shared"].sparsity.shape == (2,)
+
+
+def test_an_unknown_selection_is_told_its_nearest():
+  for names, sentence in ((["hidden", "gat"], "nearest is 'gate'"), ([], "'' is unknown"), ([""], "'' is unknown")):
+    with pytest.raises(UserError, match=sentence):
+      masks.check_selections(names)
 
 
 def held_out(config, rows=4, time=24):
@@ -49,7 +90,8 @@ def held_out(config, rows=4, time=24):
     "positions": np.broadcast_to(np.arange(time, dtype=np.int32), (rows, time)),
   }
   tokens = 2 * int((segments > 0).sum())
-  return EvaluationSet([batch, batch], 8, tokens, split="all", complete=True, vocabulary="bytes", eos=True)
+  ids = [np.where(segments > 0, np.arange(rows)[:, None] + first, -1) for first in (0, rows)]  # a document a row
+  return EvaluationSet([batch, batch], ids, 8, tokens, split="all", complete=True, vocabulary="bytes", eos=True)
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -79,24 +121,39 @@ def test_analysis_equals_a_direct_computation(experts):
   np.testing.assert_allclose(zeros["per_expert"], 1 - fired.sum(-1) / (routed * 64), rtol=1e-5)
   np.testing.assert_allclose(zeros["per_layer"], 1 - fired.sum((1, 2)) / (routed.sum(1) * 64), rtol=1e-5)
   assert result["dead_neurons"]["count"] == (fired == 0).sum()
+  lines = [[float(np.where(r, x, 0).sum()) for x, r in zip(nll, real, strict=True)] * 2, [*real.sum(1).tolist()] * 2]
+  np.testing.assert_allclose(result["per_document"]["nll"], lines[0], rtol=1e-5)
+  assert result["per_document"]["tokens"] == lines[1]
+  lo, hi = result["confidence"]["loss"]
+  assert lo < result["loss"] < hi
   none, half, most = result["curve"]
   assert none["loss"] == pytest.approx(result["loss"], rel=1e-6)
   assert half["loss"] == pytest.approx(result["loss"], rel=1e-4)  # dReLU has three quarters zeros already
   assert abs(most["loss"] - result["loss"]) > abs(half["loss"] - result["loss"])
 
 
-def test_a_sweep_of_levels_compiles_once():
-  """One program for the model as it is, and one for all levels."""
+def test_a_sweep_compiles_once_for_each_selection_and_places_the_data_once(monkeypatch):
+  """One program for the model as it is, and one for all levels of a selection."""
   config = default.get_config()
   config.model.update({"num_layers": 1, "d_model": 16, "d_ff": 32, "head_dim": 4})
   model, data = Transformer(model_config(config)), held_out(config)
   params = init_parameters(model, jax.random.key(0))
   mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:1])
+  placed, place, done = [], perplexity.place, []
+  monkeypatch.setattr(perplexity, "place", lambda *args: placed.append(0) or place(*args))
   before = perplexity.compiled._cache_size()
+  settings = {"levels": (0.0, 0.5, 0.8, 0.9), "selections": ("gate", "hidden", "contribution")}
   with jax.set_mesh(mesh):
-    result = analyze("m", model, params, data, mesh, source="", text="", trained_tokens=0, levels=(0.0, 0.5, 0.8, 0.9))
-  assert len({point["loss"] for point in result["curve"]}) == 4
-  assert perplexity.compiled._cache_size() == before + 2
+    result = analyze(
+      "m", model, params, data, mesh, source="", text="", trained_tokens=0, progress=done.append, **settings
+    )
+  assert [curve["selection"] for curve in result["curves"]] == ["gate", "hidden", "contribution"]
+  for curve in result["curves"]:
+    assert curve["points"][0]["loss"] == pytest.approx(result["loss"], rel=1e-6)
+  assert len({point["loss"] for curve in result["curves"] for point in curve["points"][1:]}) == 9
+  assert result["curve"] == result["curves"][1]["points"]
+  assert perplexity.compiled._cache_size() == before + 4 and len(placed) == len(data.batches)
+  assert len(done) == passes(data, **settings)
 
 
 def test_layers_of_several_ffns_are_reported_together():

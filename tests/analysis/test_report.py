@@ -1,13 +1,20 @@
+import csv
+import functools
 import io
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from tsparse.analysis import report
+from tsparse import files
+from tsparse.analysis import charts, report
+from tsparse.analysis.analyze import DEFINITIONS
 
 RUN = {
   "config": "tiny <relufy>",
@@ -30,6 +37,63 @@ def model(name, activation, perplexity, zeros, levels, experts=1, trained_tokens
     "dead_neurons": {"count": 3, "total": 2048, "per_layer": [0, 1, 2, 0]},
     "curve": curve,
     "parameters": {"total": 1_050_000, "activated": 410_000, "definition": "parameters a token's forward pass uses"},
+  }  # fmt: skip
+
+
+def full(name, activation, perplexity, zeros, experts=1):
+  """An entry with everything that an analysis can have."""
+  levels, layers, width = (0.0, 0.5, 0.8, 0.85, 0.9), 4, 0.0 if activation == "drelu" else 4.0
+  m = model(name, activation, perplexity, zeros, levels, experts)
+
+  def cost(sparsity):
+    lost = max(0.0, sparsity - zeros) ** 2 * (1 + width)
+    return {"sparsity": sparsity, "loss": math.log(perplexity) + lost, "perplexity": perplexity * math.exp(lost)}
+
+  edges = np.linspace(-4, 4, 82)
+  middles = (edges[1:] + edges[:-1]) / 2
+  widths = {"gate": 1.5, "up": 1.0, "hidden": 0.3}
+  bins = {key: np.exp(-(middles**2) / (2 * s**2)) / (s * 25) for key, s in widths.items()}
+  sizes = {"batch": (1, 2, 4, 8, 16, 32, 64, 128), "window": (1, 2, 4, 8, 16)}
+  share = np.linspace(0, 1, 101)
+  return m | {
+    "vocabulary": "bytes",
+    "curve": [cost(s) for s in levels],
+    "curves": [
+      {"selection": key, "points": [cost(min(0.99, s * f)) | {"sparsity": s} for s in levels]}
+      for key, f in (("hidden", 1), ("gate", 1.08), ("contribution", 0.97))
+    ],
+    "zero_fraction": m["zero_fraction"] | {"per_position": (zeros - 0.2 / (5 + np.arange(256))).clip(0).tolist()},
+    "confidence": {
+      "loss": [1.45, 1.56], "perplexity": [perplexity * 0.95, perplexity * 1.06],
+      "zero_fraction": [zeros - 0.004, zeros + 0.003], "level": 0.95, "resamples": 2000,
+    },
+    "parameters": m["parameters"] | {
+      "accounts": [{"name": f"account {i}", "total": 1e6 - 1e5 * i, "activated": 4e5 - 1e5 * i} for i in (0, 1, 2)],
+    },
+    "flops": {"total": 2.1e6, "activated": 0.8e6, "seq_len": 128},
+    "histograms": {"edges": edges.tolist(), **{key: [b.tolist()] * layers for key, b in bins.items()}},
+    "thresholds": {
+      "fat": [{"epsilon": e, **cost(s)} for e, s in ((0.01, 0.5), (0.05, 0.8), (0.1, 0.9))],
+      "cett": [{"cett": c, **cost(s), "epsilon_per_layer": [0.1] * layers} for c, s in ((0.05, 0.4), (0.2, 0.7))],
+      "ppl_p": [{"p": 1, "sparsity": 0.55, "cett": 0.12}],
+      "cats": [{"target": t, **cost(t)} for t in (0.5, 0.8, 0.9)],
+      "teal": [{"target": t, **cost(t * 0.98)} for t in (0.5, 0.8, 0.9)],
+    },
+    "neurons": {
+      "cdf": {"share_of_neurons": share.tolist(), "share_of_activations": (1 - (1 - share) ** (2 + zeros)).tolist()},
+      "hot_share_80": {"per_layer": [0.3] * layers, "mean": 0.3},
+      "stability": {"hot_overlap": {"mean": 0.92, "per_layer": [0.92] * layers}},
+      "coactivation": {},
+    },
+    "union": {
+      key: [{"size": n, "zero_fraction": zeros**n, "expected_speedup": 1 / (1 - zeros**n)} for n in found]
+      for key, found in sizes.items()
+    },
+    "experts": {
+      "load": np.random.default_rng(0).dirichlet([3] * experts, layers).tolist(), "entropy": [1.9] * layers,
+      "joint": {"routed": 0.25, "active_in_routed": 0.15, "active_of_all": 0.041, "paper": 0.0375},
+      "per_expert_zero_fraction": [[zeros * (1 - e / 20) for e in range(experts - 1)] + [float("nan")]] * layers,
+    } if experts > 1 else None,
   }  # fmt: skip
 
 
@@ -60,6 +124,12 @@ CASES = {
   "single": analysis(model("trained", "relu", 7.25, 0.6, LEVELS)),
   "moe": analysis(model("trained", "drelu", 7.25, 0.6, LEVELS, experts=8)),
   "many": analysis(*(model(f"runs/turbosparse_{i}", "drelu", 7.25, 0.6, LEVELS, trained_tokens=i) for i in range(5))),
+  "full": analysis(full("swiglu", "swiglu", 28.48, 0.02), full("drelu", "drelu", 28.45, 0.85, experts=8))
+  | {
+    "paper": True,
+    "comparisons": [{"models": ["swiglu", "drelu"], "difference": -0.02, "interval": [-0.03, -0.01]}],
+    "definitions": {**DEFINITIONS, "histograms": "share of the entries in each bin"},
+  },
   "broken": analysis(model("trained", "drelu", float("inf"), float("nan"), LEVELS)),
 }
 
@@ -72,6 +142,12 @@ def test_a_mixture_has_its_sources_in_two_tables():
   assert drawn.rows[1] == ["code", "c", "1.50K", "25.00%", "25.00%", "unknown", "3 and 2 malformed"]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A function of the name of a case: the folder of its report, written once."""
+  return functools.cache(lambda case: report.write_report(CASES[case], RUN, tmp_path_factory.mktemp(case)).parent)
+
+
 def printed(analysis):
   console = Console(file=io.StringIO(), width=80)
   report.print_table(analysis, console)
@@ -79,9 +155,9 @@ def printed(analysis):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_terminal_page_and_summary_show_the_same_cells(case, tmp_path):
-  page = report.write_report(CASES[case], RUN, tmp_path).read_text()
-  text, summary = printed(CASES[case]), (tmp_path / "summary.json").read_text()
+def test_terminal_page_and_summary_show_the_same_cells(case, written):
+  page, summary = ((written(case) / name).read_text() for name in ("report.html", "summary.json"))
+  text = printed(CASES[case])
   assert max(map(len, text.splitlines())) <= 80
   assert "…" not in text
   for table in report.tables(CASES[case]):
@@ -89,23 +165,83 @@ def test_terminal_page_and_summary_show_the_same_cells(case, tmp_path):
       assert cell in text
       assert f">{cell}<" in page
       assert json.dumps(cell, ensure_ascii=False) in summary
-  assert report.tables(json.loads((tmp_path / "analysis.json").read_text())) == report.tables(CASES[case])
+  assert report.tables(json.loads((written(case) / "analysis.json").read_text())) == report.tables(CASES[case])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_files_are_strict_and_the_page_stands_alone(case, tmp_path):
+def test_files_are_strict_and_the_page_stands_alone(case, written):
   def refuse(constant):
     raise AssertionError(constant)
 
-  page = report.write_report(CASES[case], RUN, tmp_path).read_text()
-  names = {"analysis.json", "summary.json", "perplexity_vs_sparsity.png", "zeros_per_layer.png", "report.html"}
-  assert {path.name for path in tmp_path.iterdir()} == names
+  folder = written(case)
+  page = (folder / "report.html").read_text()
+  drawn = [chart.key for chart in charts.charts(files.strict(CASES[case]))]
+  assert {path.name for path in folder.glob("*.png")} == {f"{key}.png" for key in drawn}
+  assert {path.name for path in (folder / "csv").iterdir()} == {
+    *(f"{key}.csv" for key in drawn), *(f"table_{table.key}.csv" for table in report.tables(CASES[case])),
+  }  # fmt: skip
   for name in ("analysis.json", "summary.json"):
-    json.loads((tmp_path / name).read_text(), parse_constant=refuse)
-  assert not re.search(r"https?:|//|@import|<link|<script|url\((?!#)|(src|href)=\"(?!#)", page)
-  assert page.count("<svg") == 2
+    json.loads((folder / name).read_text(), parse_constant=refuse)
+  assert not re.search(r"https?:|//|@import|<link|<script src|url\(|(src|href)=\"", page)
+  assert page.count('class="chart"') == len(drawn) == page.count("<noscript>")
+  assert page.count("<script") == page.count("</script") == 2  # the data cannot end its element
   assert "tiny &lt;relufy&gt;" in page
   assert RUN["command"] in page
+
+
+def rows_of(path):
+  with path.open() as lines:
+    return list(csv.DictReader(lines))
+
+
+def test_everything_an_analysis_can_have_is_shown(written):
+  page = (written("full") / "report.html").read_text()
+  assert {chart.key for chart in charts.charts(files.strict(CASES["full"]))} == {
+    "intervals", "perplexity_vs_sparsity", "threshold_methods", "zeros_per_layer", "zeros_per_position", "histograms",
+    "expert_load", "neuron_cdf", "union_zeros", "union_speedup",
+  }  # fmt: skip
+  shown = {table.key: table for table in report.tables(CASES["full"])}
+  assert set(shown) == {
+    "quality", "masked_hidden", "masked_gate", "masked_contribution", "confidence", "comparisons", "methods", "ppl_p",
+    "experts", "neurons", "union_batch", "union_window", "accounting", "paper_1", "paper_2", "paper_3",
+  }  # fmt: skip
+  assert all(f"<h3>{table.title}" in page.replace("&#x27;", "'") for table in shown.values())
+  # one table: SwiGLU by CATS at 50 %, and dReLU by top-k at 90 %
+  rows = {(row[0], row[1], row[2]): row[3:] for row in shown["methods"].rows}
+  assert rows["swiglu (swiglu)", "CATS", "target 50%"][0] == "50.0%"
+  assert rows["drelu (drelu)", "top-k", "90%"] == ["90.0%", "28.52", "+0.3%"]
+  assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
+  drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
+  assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"
+  assert "Not a reproduction" in page and "1.1M parameters, 2.05M tokens seen" in page
+  for term, text in CASES["full"]["definitions"].items():
+    assert f"<dt>{term.replace('_', ' ')}</dt>" in page, text
+
+
+def test_csv_files_hold_the_numbers_of_the_analysis(written):
+  folder = written("full") / "csv"
+  gate = [r for r in rows_of(folder / "perplexity_vs_sparsity.csv") if (r["model"], r["series"]) == ("drelu", "gate")]
+  points = CASES["full"]["models"][1]["curves"][1]["points"]
+  assert [(float(r["x"]), float(r["y"])) for r in gate] == [(p["sparsity"], p["perplexity"]) for p in points]
+  load = [r for r in rows_of(folder / "expert_load.csv") if r["view"] == "drelu: share of the tokens"]
+  assert [float(r["value"]) for r in load] == np.ravel(CASES["full"]["models"][1]["experts"]["load"]).tolist()
+  low = [(r["model"], float(r["low"])) for r in rows_of(folder / "intervals.csv") if r["view"] == "loss"]
+  assert low == [("swiglu", 1.45), ("drelu", 1.45)]
+
+
+@pytest.mark.parametrize("case", ["full", "broken"])
+def test_the_page_draws_every_chart_without_an_error(case, written, tmp_path):
+  browser = shutil.which("chromium") or shutil.which("google-chrome")
+  if not browser:
+    pytest.skip("no chromium to open the page with")
+  path = written(case) / "report.html"
+  options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+  options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+  done = subprocess.run([browser, *options, f"file:///{path}"], capture_output=True, text=True, timeout=60)
+  assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
+  figures = done.stdout.split('class="chart"')[1:]
+  assert len(figures) == len(charts.charts(files.strict(CASES[case])))
+  assert all('role="img"' in figure and "NaN" not in figure.partition("</figure>")[0] for figure in figures)
 
 
 def test_summary_carries_numbers_and_the_run(tmp_path):

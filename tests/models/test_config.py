@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import pytest
 
+from tsparse.analysis.accounting import accounting
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS, ModelConfig, activated_parameters, parameter_counts
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -42,6 +43,33 @@ def test_activated_parameters_are_those_of_the_paper():
   assert activated_parameters(mixtral, {"ffn": 0.85}) == pytest.approx(4.519e9, rel=1e-3)
   mistral = dataclasses.replace(PRESETS["mistral_7b"], predictor_ranks=(1260,) * 32, predictor_input="before_norm")
   assert activated_parameters(mistral, {"ffn": 0.9}) == pytest.approx(2.912e9, rel=1e-3)
+
+
+def test_every_figure_of_the_paper_follows_from_the_architecture_and_a_named_account():
+  """Turbo Sparse prints 3B/4.5B and 2.5B/4.3B without a formula; widths of the predictors as above."""
+  widths = (896,) * 2 + (1024,) * 11 + (1088,) + (1024,) * 13 + (1088,) * 4 + (1344,)
+  mixtral = dataclasses.replace(PRESETS["mixtral_8x7b"], predictor_ranks=widths, predictor_input="after_norm")
+  mistral = dataclasses.replace(
+    PRESETS["mistral_7b"], vocab_size=32_064, predictor_ranks=(1260,) * 32, predictor_input="before_norm"
+  )
+  found = {}
+  for name, config, zeros in (("mistral", mistral, 0.9), ("mixtral", mixtral, 0.85)):
+    for account in accounting(config, {"ffn": zeros}, 4096)["parameters"]["accounts"]:
+      found[name, account["name"]] = account["activated"] / 1e9
+  for account, billions in (
+    ("all weights", (2.912, 4.519)),  # "3B" and "4.5B"
+    ("without embeddings", (2.649, 4.257)),  # "4.3B"; "2.5B" is none of these: it is not reproduced exactly
+    ("without predictors", (2.169, 3.297)),
+  ):
+    assert (found["mistral", account], found["mixtral", account]) == pytest.approx(billions, abs=1e-3)
+
+
+def test_activated_operations_are_those_of_neurons_that_are_not_zero():
+  config = MODELS["deepseek"]
+  flops = accounting(config, {"ffn": 1.0, "shared": 0.5, "first": 0.75}, 64)["flops"]
+  counts = parameter_counts(config)
+  saved = 2 * (counts["ffn"] * config.experts_per_token / config.num_experts + counts["shared"] / 2)
+  assert flops["total"] - flops["activated"] == pytest.approx(saved + 2 * 0.75 * counts["first"])
 
 
 def test_shared_and_dense_ffns_are_activated_for_every_token():

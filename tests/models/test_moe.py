@@ -49,7 +49,8 @@ VALID = np.arange(TIME) < np.array([10, 10, 7, 1, 0, 10])[:, None]
 @functools.cache
 def compiled(impl, mesh, masked):
   """For this mesh, a jitted function of what `layer` makes, one for all loads."""
-  intervene = TopK(jnp.float32(0.6)) if masked else None
+  norm = jnp.exp(3 * jax.random.normal(jax.random.key(1), (E, F)))  # of each expert its own
+  intervene = TopK(jnp.float32(0.9), norm, "contribution") if masked else None
 
   def outputs(x, router, experts, predictors):
     logits = router_logits(x, router)

@@ -195,13 +195,18 @@ def test_the_zeros_of_a_model_weigh_the_entries_of_all_its_ffns():
   assert float(counts.model_zero_fraction(by_kind)) == pytest.approx(mean, rel=1e-5)
 
 
-def test_an_intervention_reaches_each_layer_by_its_own_level():
-  """The last of its layers masked whole: only the dense first layer is left."""
-  params, tokens, where = params_of(DEEPSEEK), tokens_of(16), row(16, total=16)
-  masked = Transformer(DEEPSEEK).apply({"params": params}, tokens, *where, TopK(jnp.array([0.0, 1.0])))[1]
-  plain = apply(DEEPSEEK, params, tokens, *where)[1]
-  jax.tree.map(np.testing.assert_array_equal, masked["first"], plain["first"])
-  assert masked["ffn"].fired.sum() == masked["shared"].fired.sum() == 0 < plain["ffn"].fired.sum()
+def test_an_intervention_reaches_the_layers_of_its_own_kind_by_their_own_levels():
+  config = dataclasses.replace(DEEPSEEK, num_layers=3)
+  params, tokens, where = params_of(config), tokens_of(16), row(16, total=16)
+  fired = {}
+  for kind, levels in (("first", [1.0]), ("ffn", [1.0, 0.0]), ("shared", [0.0, 1.0])):
+    masked = Transformer(config).apply({"params": params}, tokens, *where, {kind: TopK(jnp.array(levels))})[1]
+    fired[kind] = {name: (c.fired.sum((1, 2)) > 0).tolist() for name, c in masked.items()}
+  assert fired["first"] == {"first": [False], "ffn": [True, True], "shared": [True, True]}
+  assert fired["ffn"] == {"first": [True], "ffn": [False, True], "shared": [True, True]}
+  assert fired["shared"] == {"first": [True], "ffn": [True, True], "shared": [True, False]}
+  with pytest.raises(ValueError, match="this model has the FFNs"):
+    Transformer(config).apply({"params": params}, tokens, *where, {"last": TopK(jnp.zeros(1))})
 
 
 def test_the_gradient_of_a_predictor_is_straight_through():

@@ -1,25 +1,29 @@
 """The analysis of one model on one held-out text: a plain dict, as analysis.json stores it with stable keys."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tsparse.analysis import masks
-from tsparse.data import EvaluationSet, accounting
+from tsparse.analysis import accounting, confidence, masks, observe
+from tsparse.analysis.probe import check_finite
+from tsparse.data import EvaluationSet
+from tsparse.data import accounting as data_accounting
 from tsparse.evaluate import perplexity
-from tsparse.evaluate.perplexity import Evaluation, evaluate
+from tsparse.evaluate.perplexity import Evaluation, evaluate, evaluate_each
 from tsparse.models import counts
-from tsparse.models.config import ACTIVATED_DEFINITION, activated_parameters, parameter_counts
+from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer
 
 DEFINITIONS = {
   **perplexity.DEFINITIONS,
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
+  **confidence.DEFINITIONS,
   **accounting.DEFINITIONS,
-  "activated": ACTIVATED_DEFINITION,
+  **observe.DEFINITIONS,
+  **data_accounting.DEFINITIONS,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted",
 }
@@ -36,10 +40,15 @@ def analyze(
   text: str,
   trained_tokens: int,
   levels: Sequence[float] = (),
+  selections: Sequence[str] = ("hidden",),
+  mask_shared: bool = False,
+  parts: Collection[str] = ("counts",),
+  calibration: EvaluationSet | None = None,
   by_source: Mapping[str, EvaluationSet] | None = None,
+  keep: Callable[[ModelCounts], None] = lambda _: None,
   progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-  """Loss, natural sparsity and the masked-perplexity curve of a model.
+  """Loss, natural sparsity and the masked-perplexity curves of a model.
 
   Args:
     name: what the report calls it.
@@ -50,30 +59,51 @@ def analyze(
     source: where the model is stored.
     text: what the held-out text is.
     trained_tokens: tokens it was trained on so far.
-    levels: sparsities in [0, 1) of the curve; none leaves the curve empty.
+    levels: sparsities in [0, 1) of the curves; none leaves them empty.
+    selections: a curve for each, keys of masks.SELECTIONS; "curve" is that of "hidden".
+    mask_shared: mask shared experts too.
+    parts: of what is beyond zeros and masks, some of observe.PARTS.
+    calibration: other documents, to find thresholds on; None for the same.
     by_source: held-out batches of each source of a mixture.
-    progress: called with a line after each piece of work.
+    keep: called with the counts of every neuron.
+    progress: called with a line after each forward pass and then each piece of work: `passes` of them.
 
   Returns:
     An entry of "models" in analysis.json.
+
+  Raises:
+    UserError: the model's logits are not finite.
   """
-  natural = evaluate(model, params, data.batches, mesh)
-  progress(f"{name}: natural sparsity")
-  curve = []
-  for level in levels:
-    mask = masks.topk_everywhere(level, model.config.num_layers)
-    masked = evaluate(model, params, data.batches, mesh, mask)  # the level is traced: one compilation for all
-    curve.append({"sparsity": level, "loss": masked.loss, "perplexity": masked.perplexity})
-    progress(f"{name}: {level:.0%} of the hidden masked")
-  sources = []
-  for each, held_out in (by_source or {}).items():
-    found = evaluate(model, params, held_out.batches, mesh)
-    quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
-    sources.append({"name": each, **quality, "tokens": found.tokens, "documents": held_out.documents})
+  config, norms = model.config, None
+  if levels and "contribution" in selections:
+    norms = jax.jit(masks.down_norms, static_argnums=0)(config, params)
+  masked = [
+    masks.topk_everywhere(level, config, norms if selection == "contribution" else None, selection, mask_shared)
+    for selection in selections
+    for level in levels
+  ]
+  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], lambda: progress(name))
+  if not np.isfinite(natural.nll):
+    check_finite(model, params, data.batches, mesh)
+  keep(natural.counts)
+  statistics, note = hidden_statistics(natural), lambda piece: progress(f"{name}: {piece}")
+  observed = observe.observe(
+    model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
+  )
+  statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
+  documents, points = confidence.per_document(natural, data), iter(results)
+  curves = [
+    {
+      "selection": selection,
+      "points": [{"sparsity": s, "loss": (r := next(points)).loss, "perplexity": r.perplexity} for s in levels],
+    }
+    for selection in selections
+    if levels
+  ]
   return {
     "name": name,
     "model": source,
-    "activation": model.config.activation,
+    "activation": config.activation,
     "data": text,
     "vocabulary": data.vocabulary,
     "eos": data.eos,
@@ -82,17 +112,37 @@ def analyze(
     "trained_tokens": trained_tokens,
     "loss": natural.loss,
     "perplexity": natural.perplexity,
-    **hidden_statistics(natural),
-    "curve": curve,
-    "sources": sources,
-    "parameters": {
-      "total": sum(parameter_counts(model.config).values()),
-      "activated": activated_parameters(
-        model.config, {kind: float(counts.mean_zero_fraction(c)) for kind, c in natural.counts.items()}
-      ),
-      "definition": ACTIVATED_DEFINITION,
-    },
+    **statistics,
+    **observed,
+    "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
+    "curves": curves,
+    "mask_shared": mask_shared,
+    "sources": [quality_on(name, held_out, model, params, mesh) for name, held_out in (by_source or {}).items()],
+    "confidence": confidence.confidence(documents, natural.batch_zeros),
+    "per_document": documents,
+    **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
+
+
+def quality_on(
+  name: str, held_out: EvaluationSet, model: Transformer, params: Any, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """An entry of "sources": loss and zeros on what one source of a mixture holds out."""
+  found = evaluate(model, params, held_out.batches, mesh)
+  quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
+  return {"name": name, **quality, "tokens": found.tokens, "documents": held_out.documents}
+
+
+def passes(
+  data: EvaluationSet, levels: Sequence[float], selections: Sequence[str], parts: Collection[str] = ("counts",)
+) -> int:
+  """Forward passes of an analysis, and pieces of work after them."""
+  return len(data.batches) * (1 + len(levels) * len(selections)) + sum(observe.PARTS[part] for part in parts)
+
+
+def zero_fractions(natural: Evaluation) -> dict[str, float]:
+  """Zero fraction by kind of FFN."""
+  return {kind: float(counts.mean_zero_fraction(c)) for kind, c in natural.counts.items()}
 
 
 def hidden_statistics(natural: Evaluation) -> dict[str, Any]:

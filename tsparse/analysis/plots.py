@@ -1,17 +1,15 @@
-"""The two pictures of the report, drawn from the analysis dict on bare Figure objects (no pyplot, no global state).
-
-One drawing serves every reader: `png` puts it on white, `svg` leaves it transparent and lets the page choose the ink.
-"""
+"""The first view of each chart as a PNG, drawn on bare Figure objects (no pyplot, no global state)."""
 
 import io
 import math
-import re
+
+from tsparse.analysis.charts import Axis, Chart, View
 
 # Okabe and Ito's colour-blind safe hues, set to a lightness that reads on white and on near-black alike.
 COLOURS = ("#2b83c4", "#d9692a", "#159a78", "#b5679d", "#a88a12")
 MARKERS = ("o", "s", "D", "^", "v")
-INK = "#24292f"  # text and axes; `svg` turns exactly this colour into the page's own text colour
-GRID = "#8c959f"
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (4, 1, 1, 1, 1, 1)))
+INK, GRID = "#24292f", "#8c959f"
 STYLE = {
   "axes.edgecolor": GRID,
   "axes.labelcolor": INK,
@@ -21,114 +19,120 @@ STYLE = {
   "axes.titlesize": 12.5,
   "axes.titlepad": 14,
   "font.size": 11.5,
-  "svg.fonttype": "none",
-  "svg.hashsalt": "tsparse",
   "text.color": INK,
   "xtick.color": INK,
   "ytick.color": INK,
 }
 
 
-def perplexity_vs_sparsity(analysis):
-  """Perplexity against the share of hidden entries set to zero, one line per model that has a masked curve.
+def draw(chart: Chart, models: list[str]):
+  """A Figure of the chart's first view; `models` are all names, in the order of their colours."""
+  from matplotlib import rc_context
+  from matplotlib.figure import Figure
 
-  The ring is the model as it is: its own share of zeros and its unmasked perplexity. Values that are not finite are
-  left out; y is logarithmic where the values drawn span more than a factor of five.
-  """
-  from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
-
-  models = list(enumerate(analysis["models"]))
-  models = [(i, m) for i, m in models if any(p["sparsity"] > 0 for p in m.get("curve") or ())] or models
-  figure, axes = _axes("Perplexity as hidden entries are set to zero")
-  ends, values = [], []
-  for i, model in models:
-    curve = [(p["sparsity"], p["perplexity"]) for p in model.get("curve") or ()]
-    natural = (model["zero_fraction"]["mean"], model["perplexity"])
-    curve = sorted(p for p in curve if _finite(*p))
-    axes.plot(*zip(*curve, strict=True) if curve else ([], []), color=COLOURS[i % 5], marker=MARKERS[i % 5], ms=4, lw=2)
-    if _finite(*natural):
-      axes.plot(*natural, "o", mfc="none", mec=COLOURS[i % 5], mew=1.8, ms=11, clip_on=False, zorder=3)
-      curve.append(natural)
-    if curve:
-      ends.append((*max(curve, key=lambda p: p[0]), model["name"], COLOURS[i % 5]))
-      values += [y for _, y in curve]
-  if values and max(values) > 5 * min(values):
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1e3 * min(values) else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 < y < 1e7 else f"{y:.0e}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-  elif values:  # at least a quarter from bottom to top, so that a change of 1% looks like 1%
-    axes.set_ylim(0.95 * min(values), max(1.2 * min(values), 1.05 * max(values)))
-  axes.plot([], [], "o", mfc="none", mec=GRID, mew=1.8, ms=9, label="as it is: natural zeros, nothing masked")
-  axes.legend(loc="upper left", frameon=False, labelcolor=INK, fontsize=10.5, handletextpad=0.3, borderaxespad=0)
-  axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-  axes.set(xlabel="hidden entries set to zero, per token", ylabel="perplexity")
-  axes.set_xlim(-0.03, max((x for x, *_ in ends), default=1) + 0.03)
-  axes.margins(y=0.14)
-  _label_ends(axes, ends)
-  return figure
-
-
-def zeros_per_layer(analysis):
-  """Share of hidden entries that are exactly zero, layer by layer; for MoE, thin bars span its experts (dots)."""
-  from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-  models = analysis["models"]
-  moe = any(len(experts) > 1 for m in models for experts in m["zero_fraction"].get("per_expert") or ())
-  title = "Zeros in the FFN hidden, by layer"
-  figure, axes = _axes(title + (" (dots: single experts)" if moe else ""))
-  ends = []
-  for i, model in enumerate(models):
-    zeros = model["zero_fraction"]
-    colour, shift = COLOURS[i % 5], 0.06 * (i - (len(models) - 1) / 2) if moe else 0.0
-    points = [(layer + shift, y) for layer, y in enumerate(zeros["per_layer"]) if _finite(y)]
-    if not points:
-      continue
-    axes.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[i % 5], ms=5.5, lw=2, clip_on=False, zorder=3)
-    for layer, experts in enumerate(zeros.get("per_expert") or ()):
-      experts = [y for y in experts if _finite(y)]
-      if len(experts) > 1:
-        x = layer + shift
-        axes.plot([x, x], [min(experts), max(experts)], color=colour, lw=1.2, alpha=0.6, clip_on=False)
-        axes.plot([x] * len(experts), experts, ".", color=colour, ms=6, alpha=0.6, mew=0, clip_on=False)
-    ends.append((*points[-1], model["name"], colour))
-  layers = max((len(m["zero_fraction"]["per_layer"]) for m in models), default=1)
-  pad = 0.02 * layers if layers > 1 else 0.5
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-  axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-  axes.set(xlabel="layer", ylabel="hidden entries that are zero", ylim=(0, 1), xlim=(-pad, layers - 1 + pad))
-  _label_ends(axes, ends)
+  view = chart.views[0]
+  with rc_context(STYLE):
+    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
+    axes.tick_params(length=0, pad=7)
+    KINDS[chart.kind](axes, view, models)
+    axes.set(xlabel=view.x.label, ylabel=view.y.label)
   return figure
 
 
 def png(figure) -> bytes:
   """The figure on white."""
-  return _save(figure, format="png", dpi=160, facecolor="white")
-
-
-def svg(figure) -> str:
-  """The figure as an <svg> element to put in a page: transparent, ink in the page's text colour, no outside names."""
-  nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-  text = _save(figure, format="svg", transparent=True, metadata=nothing).decode()
-  text = text[text.index("<svg") :]
-  text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-  text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)  # HTML knows both namespaces; a page without URLs is easy to check
-  text = re.sub(r'(<svg\b[^>]*?)\swidth="[^"]*"', r"\1", text)
-  text = re.sub(r'(<svg\b[^>]*?)\sheight="[^"]*"', r"\1", text)
-  return text.replace(INK, "currentColor")
-
-
-def _axes(title):
   from matplotlib import rc_context
-  from matplotlib.figure import Figure
 
+  buffer = io.BytesIO()
   with rc_context(STYLE):
-    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    axes.grid(color=GRID, alpha=0.25, lw=0.7)
-    axes.tick_params(length=0, pad=7)
-  return figure, axes
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+  return buffer.getvalue()
+
+
+def _lines(axes, view: View, models: list[str]):
+  axes.grid(color=GRID, alpha=0.25, lw=0.7)
+  styles = list(dict.fromkeys(series.style for series in view.data if series.style))
+  ends, xs, ys = {}, [], []
+  for series in view.data:
+    i, style = models.index(series.model) % 5, styles.index(series.style) if series.style else 0
+    x, y = zip(*series.points, strict=True)
+    xs, ys = [*xs, *x], [*ys, *y]
+    if series.mark == "ring":
+      axes.plot(x, y, "o", mfc="none", mec=COLOURS[i], mew=1.8, ms=11, clip_on=False, zorder=3)
+    elif series.mark == "dots":
+      axes.plot(x, y, ".", color=COLOURS[i], ms=6, alpha=0.6, mew=0, clip_on=False)
+    else:
+      marker = MARKERS[i] if len(x) <= 40 and series.mark == "line" else None
+      step = "steps-mid" if series.mark == "step" else "default"
+      axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % 5], marker=marker, ms=4, lw=2, drawstyle=step)
+    end = max(series.points)
+    if series.mark != "dots" and end > ends.get(series.model, ([-math.inf], ""))[0]:
+      ends[series.model] = end, COLOURS[i]
+  if any(series.mark == "ring" for series in view.data):
+    label = "as it is: natural zeros, nothing masked"
+    axes.plot([], [], "o", mfc="none", mec=GRID, mew=1.8, ms=9, label=label)
+  for number, style in enumerate(styles):
+    scatter = all(series.mark == "dots" for series in view.data if series.style == style)
+    look = {"marker": ".", "ls": ""} if scatter else {"ls": DASHES[number % 5]}
+    axes.plot([], [], color=GRID, lw=2, label=style, **look)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=10, handletextpad=0.5, borderaxespad=0)
+  _scale(axes.xaxis, view.x, xs)
+  _scale(axes.yaxis, view.y, ys)
+  _label_ends(axes, [(*point, name, colour) for name, (point, colour) in ends.items()])
+
+
+def _intervals(axes, view: View, models: list[str]):
+  for row, interval in enumerate(view.data):
+    colour = COLOURS[models.index(interval.model) % 5]
+    axes.plot([interval.low, interval.high], [row, row], color=colour, lw=3, solid_capstyle="butt")
+    axes.plot([interval.value], [row], "o", color=colour, ms=8)
+  axes.set_yticks(range(len(view.data)), [interval.model for interval in view.data])
+  axes.set_ylim(len(view.data) - 0.5, -0.5)
+  axes.grid(axis="x", color=GRID, alpha=0.25, lw=0.7)
+  _scale(axes.xaxis, view.x, [])
+
+
+def _heat(axes, view: View, models: list[str]):
+  from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+  del models
+  values = [[math.nan if value is None else value for value in row] for row in view.data]
+  width = max(map(len, values))
+  image = axes.imshow([row + [math.nan] * (width - len(row)) for row in values], aspect="auto", cmap="viridis", vmin=0)
+  axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=None))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+KINDS = {"lines": _lines, "intervals": _intervals, "heat": _heat}
+
+
+def _scale(axis, settings: Axis, values: list[float]):
+  """Scale, limits and numbers of an axis with these values."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+  axes, name = axis.axes, axis.axis_name
+  low, high = min(values, default=0), max(values, default=1)
+  if settings.percent:
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+  if settings.limits:
+    axes.set(**{f"{name}lim": settings.limits})
+  elif low > 0 and (settings.scale == "log" or (settings.scale == "auto" and high > 5 * low)):
+    axes.set(**{f"{name}scale": "log"})
+    axis.set_major_locator(
+      LogLocator(base=2) if name == "x" else LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,))
+    )
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 < y < 1e7 else f"{y:.0e}"))
+    axis.set_minor_locator(NullLocator())
+  elif (
+    settings.scale == "auto" and values
+  ):  # at least a quarter from bottom to top, so that a change of 1% looks like 1%
+    axes.set(**{f"{name}lim": (0.95 * low, max(1.2 * low, 1.05 * high))})
+  elif settings.label in ("layer", "expert"):
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _label_ends(axes, ends, gap=15):
@@ -143,16 +147,3 @@ def _label_ends(axes, ends, gap=15):
     axes.annotate(
       name, (x, y), (10, below - height), textcoords="offset points", color=colour, weight="bold", va="center"
     )
-
-
-def _save(figure, **options) -> bytes:
-  from matplotlib import rc_context
-
-  buffer = io.BytesIO()
-  with rc_context(STYLE):
-    figure.savefig(buffer, **options)
-  return buffer.getvalue()
-
-
-def _finite(*values) -> bool:
-  return all(v is not None and math.isfinite(v) for v in values)

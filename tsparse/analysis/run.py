@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import jax
 from rich.console import Console
 
 from tsparse import files, sharding, workdir
-from tsparse.analysis.analyze import DEFINITIONS, analyze
+from tsparse.analysis import confidence, neurons
+from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
+from tsparse.analysis.masks import check_selections
+from tsparse.analysis.observe import PARTS, check_parts
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
 from tsparse.data import (
@@ -24,11 +27,13 @@ from tsparse.data import (
 )
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, parameter_counts
+from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
 
 SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
+CALIBRATION_TOKENS = 8192  # that thresholds are found on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +46,13 @@ class Case:
     config: what to make of them; the activation may be another than the stored one.
     data: batches to evaluate on, in its own vocabulary.
     text: what the report says of that text.
-    levels: sparsities of the masked-perplexity curve.
+    levels: sparsities of the masked-perplexity curves.
+    selections: what the curves' masks keep, keys of masks.SELECTIONS.
+    mask_shared: mask shared experts too.
+    parts: of what is beyond zeros and masks, keys of observe.PARTS.
+    calibration: other documents to find thresholds on, None if there are none.
     by_source: the same as `data` for each source of a mixture.
+    keep: called with the counts of every neuron.
   """
 
   name: str
@@ -51,14 +61,20 @@ class Case:
   data: EvaluationSet
   text: str
   levels: Sequence[float]
+  selections: Sequence[str] = ("hidden",)
+  mask_shared: bool = False
+  parts: Sequence[str] = ("counts",)
+  calibration: EvaluationSet | None = None
   by_source: Mapping[str, EvaluationSet] = dataclasses.field(default_factory=dict)
+  keep: Callable[[ModelCounts], None] = lambda _: None
 
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
   """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  with ProgressLine(console, "analysis", 0, sum(1 + len(case.levels) for case in cases)) as bar:
+  total = sum(passes(case.data, case.levels, case.selections, case.parts) for case in cases)
+  with ProgressLine(console, "analysis", 0, total) as bar:
     models = [_analyze_case(case, mesh, bar) for case in cases]
-  return {"models": models, "definitions": DEFINITIONS}
+  return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
 
 
 def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dict[str, Any]:
@@ -75,7 +91,12 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     text=case.text,
     trained_tokens=tokens,
     levels=case.levels,
+    selections=case.selections,
+    mask_shared=case.mask_shared,
+    parts=case.parts,
+    calibration=case.calibration,
     by_source=case.by_source,
+    keep=case.keep,
     progress=bar.advance,
   )
 
@@ -87,6 +108,11 @@ def run(
   *,
   levels: Sequence[float],
   tokens: int,
+  selections: Sequence[str] = ("hidden",),
+  mask_shared: bool = False,
+  paper: bool = False,
+  parts: Sequence[str] = tuple(PARTS),
+  export: str = "",
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
@@ -100,8 +126,13 @@ def run(
     models: each a workdir of ours or a Hugging Face directory; each is evaluated by its own vocabulary.
     data: a D: all of a file or folder, the validation split of a task or mixture (and of its sources, one by one).
     out: must not exist, or be empty.
-    levels: sparsities of the masked-perplexity curve.
+    levels: sparsities of the masked-perplexity curves.
     tokens: as many whole documents as hold so many tokens are evaluated.
+    selections: what the curves' masks keep, keys of masks.SELECTIONS.
+    mask_shared: mask shared experts too.
+    paper: add Tables 1-3 of Turbo Sparse, its numbers beside these.
+    parts: of what is beyond zeros and masks, keys of observe.PARTS.
+    export: how the counts of every neuron are written, one of neurons.FORMS; "" for not at all.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for 512, or the least that a model is made for.
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
@@ -113,6 +144,9 @@ def run(
     UserError: something of the above cannot be; nothing was written.
   """
   console = console or Console()
+  check_selections(selections)
+  check_parts(parts)
+  neurons.check_form(export)
   files.check_new(out)
   names = unique_names(models)
   stored = [open_model(Path(model)) for model in models]
@@ -132,15 +166,23 @@ def run(
   eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
     settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
-    texts = _texts(stored, settings, seq_len=seq_len, batch_size=batch_size, max_tokens=tokens)
+    sizes = {"seq_len": seq_len, "batch_size": batch_size}
+    texts = _texts(stored, settings, max_tokens=tokens, **sizes)
+    others = [
+      _calibration(model, settings, text, sizes) if "thresholds" in parts else None
+      for model, (text, _) in zip(stored, texts, strict=True)
+    ]
 
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
     cases = [
-      Case(name, model, model.config, text, _described(data, text), levels, by_source)
-      for name, model, (text, by_source) in zip(names, stored, texts, strict=True)
-    ]
-    analysis = analyze_cases(cases, mesh, console)
+      Case(
+        name, model, model.config, text, _described(data, text), levels, selections, mask_shared, parts, other,
+        by_source, _exporter(folder / "activation" / (name if len(names) > 1 else ""), export),
+      )
+      for name, model, (text, by_source), other in zip(names, stored, texts, others, strict=True)
+    ]  # fmt: skip
+    analysis = analyze_cases(cases, mesh, console) | {"paper": paper}
     facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
     page = write_report(analysis, facts | workdir.environment(), folder)
   print_table(analysis, console)
@@ -186,6 +228,18 @@ def _described(data: str, text: EvaluationSet) -> str:
   return f"{data} ({', '.join(parts)})" if parts else data
 
 
+def _calibration(model: Model, data: DataSettings, text: EvaluationSet, sizes: dict[str, int]) -> EvaluationSet | None:
+  """Documents after the evaluated ones; None where those are all."""
+  if text.complete:
+    return None
+  own = dataclasses.replace(data, vocabulary=model.vocabulary)
+  return evaluation_batches(own, max_tokens=CALIBRATION_TOKENS, skip=text.documents, **sizes)
+
+
+def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:
+  return lambda counts: neurons.export(counts, folder, form) if form else None
+
+
 def _texts(
   stored: Sequence[Model], data: DataSettings, **sizes
 ) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
@@ -202,7 +256,13 @@ def _texts(
     found = next((text for other, text in known if same_tokenizer(other, vocabulary)), None)
     if found is None:
       own = dataclasses.replace(data, vocabulary=model.vocabulary)
-      found = evaluation_batches(own, **sizes), evaluation_by_source(own, **sizes)
+      text = evaluation_batches(own, **sizes)
+      if text.complete and text.tokens < sizes["seq_len"]:
+        raise UserError(
+          f"--data={data.validation} holds {text.tokens} tokens, less than a row of {sizes['seq_len']}: give more, or "
+          f"--seq_len={text.tokens} at most."
+        )
+      found = text, evaluation_by_source(own, **sizes)
       known.append((vocabulary, found))
     result.append(found)
   return result

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -240,6 +241,7 @@ class EvaluationSet:
 
   Attributes:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape.
+    document_ids: of each batch int32 [B, T], the document of each scored target, from 0; -1 where there is none.
     documents: how many documents they hold.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
       conversations all, though only some are scored.
@@ -250,6 +252,7 @@ class EvaluationSet:
   """
 
   batches: list[dict[str, np.ndarray]]
+  document_ids: list[np.ndarray]
   documents: int
   tokens: int
   split: str
@@ -263,18 +266,18 @@ class EvaluationSet:
     return 1 - self.tokens / sum(batch["targets"].size for batch in self.batches)
 
 
-def evaluation_batches(data: Any, *, seq_len: int, batch_size: int, max_tokens: int) -> EvaluationSet:
+def evaluation_batches(data: Any, *, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0) -> EvaluationSet:
   """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold.
 
   If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. Sources of a mixture
-  are drawn by their weights, until there are no more. The same on every host.
+  are drawn by their weights, until there are no more. The same on every host. The first `skip` documents are left out.
 
   Raises:
-    UserError: as `check_data`.
+    UserError: as `check_data`, or all are left out.
   """
   data = data_settings(data)
   resolve.check_disjoint(data)
-  return _evaluation_set(resolve.validation(data), data, seq_len, batch_size, max_tokens)
+  return _evaluation_set(resolve.validation(data), data, seq_len, batch_size, max_tokens, skip)
 
 
 def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens: int) -> dict[str, EvaluationSet]:
@@ -288,10 +291,11 @@ def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens
 
 
 def _evaluation_set(
-  chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int
+  chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0
 ) -> EvaluationSet:
   documents, tokens, complete = [], 0, True
-  for tokens_of, mask in _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens):
+  whole = _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens)
+  for tokens_of, mask in itertools.islice(whole, skip, None):
     complete = tokens + len(tokens_of) <= max_tokens
     if not complete and documents:
       break
@@ -312,7 +316,20 @@ def _evaluation_set(
   packer = Packer(iter(documents), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
   rows = list(_rows(packer))
   batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  return EvaluationSet(batches, len(documents), tokens, split, complete, data.vocabulary, data.eos)
+  ids = document_ids(batches, [len(document.tokens) for document in documents])
+  return EvaluationSet(batches, ids, len(documents), tokens, split, complete, data.vocabulary, data.eos)
+
+
+def document_ids(batches: list[dict[str, np.ndarray]], lengths: list[int]) -> list[np.ndarray]:
+  """Of each batch int32 [B, T], the document of each scored target and -1 elsewhere: packing keeps their order."""
+  left = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+  result = []
+  for batch in batches:
+    ids = np.full(batch["segment_ids"].shape, -1, np.int32)
+    real = batch["segment_ids"] > 0
+    ids[real], left = left[: real.sum()], left[real.sum() :]
+    result.append(np.where(batch["loss_mask"] > 0, ids, -1))
+  return result
 
 
 def _whole_documents(mixer: Mixer, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

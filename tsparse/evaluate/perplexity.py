@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsparse.models.counts import ModelCounts, model_zero_fraction
+from tsparse.models.counts import ModelCounts, fired_and_entries, model_zero_fraction
 from tsparse.models.loss import scored
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
@@ -30,11 +30,15 @@ class Evaluation:
     nll: sum of -ln p over the tokens, nats.
     tokens: number of tokens scored.
     counts: by kind of FFN, fired [L, E, F] and routed [L, E], float64 numpy arrays.
+    token_nll: of each batch [B, T] float32, -ln p of its targets, 0 where there is none.
+    batch_zeros: [batches, 2] float64, zeros in the hidden and all its entries.
   """
 
   nll: float
   tokens: int
   counts: ModelCounts
+  token_nll: Sequence[np.ndarray] = ()
+  batch_zeros: np.ndarray | None = None
 
   @property
   def loss(self) -> float:
@@ -52,16 +56,16 @@ class Evaluation:
     return float(model_zero_fraction(self.counts))
 
 
-def batch_sums(
+def batch_losses(
   model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
 ) -> tuple[jax.Array, ModelCounts]:
-  """Sum of -ln p over the scored tokens of a batch, and the counts of its hidden. Traced under `evaluate`'s jit."""
+  """-ln p of a batch's scored targets, 0 elsewhere, and the counts of its hidden. Jitted for `evaluate_each`."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   nll, _, counts, _ = token_losses(model, params, batch, intervention)  # [B, T]
-  return replicate((jnp.sum(nll, where=scored(batch)), counts))  # every host reads all of it
+  return replicate((jnp.where(scored(batch), nll, 0), counts))  # every host reads all of it
 
 
-compiled = jax.jit(batch_sums, static_argnums=0)
+compiled = jax.jit(batch_losses, static_argnums=0)
 
 
 def evaluate(
@@ -71,20 +75,44 @@ def evaluate(
   mesh: jax.sharding.Mesh,
   intervention: Any = None,
 ) -> Evaluation:
-  """Loss and firing counts of a model on held-out batches.
+  """Loss and firing counts of a model on held-out batches, under one intervention or none; see `evaluate_each`."""
+  return evaluate_each(model, params, batches, mesh, [intervention])[0]
+
+
+def evaluate_each(
+  model: Transformer,
+  params: Any,
+  batches: Sequence[dict[str, np.ndarray]],
+  mesh: jax.sharding.Mesh,
+  interventions: Sequence[Any],
+  progress: Callable[[], None] = lambda: None,
+) -> list[Evaluation]:
+  """Loss and firing counts under each of some interventions, in one pass over the data.
 
   Args:
     model: the decoder.
     params: its parameters.
     batches: dicts of inputs, targets, segment_ids, positions, loss_mask, each [B, T] int32, all of one shape.
     mesh: the devices; it must be set by `jax.set_mesh`.
-    intervention: see Transformer; None leaves the hidden alone.
+    interventions: see Transformer; None leaves the hidden alone. Those of equal structure share a compilation.
+    progress: called after each forward pass, one for each batch and intervention.
   """
-  nll, tokens, total = 0.0, 0, None
+  nll, zeros = [[] for _ in interventions], [[] for _ in interventions]
+  total: list[Any] = [None for _ in interventions]
   for batch in batches:
-    batch_nll, counts = compiled(model, params, place(batch, mesh), intervention)
-    nll += float(batch_nll)
-    tokens += int(scored(batch).sum())
-    counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
-    total = counts if total is None else jax.tree.map(np.add, total, counts)
-  return Evaluation(nll, tokens, total)
+    placed = place(batch, mesh)
+    for i, intervention in enumerate(interventions):
+      losses, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
+      counts = jax.tree.map(lambda x: x.astype(np.float64), counts)
+      fired, entries = (
+        sum(x.sum() for x in part) for part in zip(*map(fired_and_entries, counts.values()), strict=True)
+      )
+      nll[i].append(losses)
+      zeros[i].append((entries - fired, entries))
+      total[i] = counts if total[i] is None else jax.tree.map(np.add, total[i], counts)
+      progress()
+  tokens = sum(int(scored(batch).sum()) for batch in batches)
+  return [
+    Evaluation(float(sum(x.sum(dtype=np.float64) for x in losses)), tokens, counts, losses, np.array(entries))
+    for losses, counts, entries in zip(nll, total, zeros, strict=True)
+  ]

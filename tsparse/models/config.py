@@ -6,7 +6,7 @@ R rank of a predictor · S token-choice slots (B T top_k, sorted by expert).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tsparse.activations import activation
@@ -214,7 +214,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
   """Number of parameters by component, from the architecture alone.
 
   Components: embedding, head, attention, norms, router (with the gate of a shared expert), predictor, and the FFNs of
-  `ffn_counts`: ffn, shared, first.
+  FFNS: ffn, shared, first.
   """
   s = config.sizes
   layers, experts = config.num_layers, max(1, config.num_experts)
@@ -233,6 +233,14 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 FFNS = ("ffn", "shared", "first")  # the kinds of FFN of a model, as in models/counts.py
 
+
+def ffn_layers(config: ModelConfig) -> dict[str, int]:
+  """Number of layers of each kind of FFN that the model has, in the order of FFNS."""
+  rest = config.num_layers - config.dense_layers
+  lengths = {"ffn": rest, "shared": rest if config.num_shared_experts else 0, "first": config.dense_layers}
+  return {kind: length for kind, length in lengths.items() if length}
+
+
 ACTIVATED_DEFINITION = (
   "parameters read for one token: every weight outside the FFN (embedding and head counted whole), plus, in each FFN "
   "(in each of the experts a token is routed to, and in a shared one), the gate, up and down weights of the neurons "
@@ -241,7 +249,9 @@ ACTIVATED_DEFINITION = (
 )
 
 
-def activated_parameters(config: ModelConfig, zero_fractions: Mapping[str, float]) -> float:
+def activated_parameters(
+  config: ModelConfig, zero_fractions: Mapping[str, float], without: Collection[str] = ()
+) -> float:
   """Parameters read per token. See ACTIVATED_DEFINITION.
 
   activated = sum over components of their parameters * share of them that is read: 1 outside the FFNs,
@@ -251,10 +261,11 @@ def activated_parameters(config: ModelConfig, zero_fractions: Mapping[str, float
   Args:
     config: the model.
     zero_fractions: share of the hidden that is exactly zero, by kind of FFN (keys of FFNS that the model has).
+    without: components that are not counted.
   """
   counts = parameter_counts(config)
   routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
   share = {name: 1.0 - zeros for name, zeros in zero_fractions.items()}
   share["ffn"] *= routed
   share["predictor"] = routed
-  return sum(count * share.get(name, 1.0) for name, count in counts.items())
+  return sum(count * share.get(name, 1.0) for name, count in counts.items() if name not in without)

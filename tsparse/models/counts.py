@@ -61,21 +61,21 @@ def mean_zero_fraction(counts: HiddenCounts, axis: Any = None) -> Array:
 
 def model_zero_fraction(counts: ModelCounts) -> Array:
   """Zero fraction of a whole model: over all entries of the hidden of all its FFNs."""
-  fired, entries = zip(*map(_fired_and_entries, counts.values()), strict=True)
+  fired, entries = zip(*map(fired_and_entries, counts.values()), strict=True)
   return 1.0 - sum(x.sum() for x in fired) / sum(x.sum() for x in entries)
 
 
 def zero_fraction_per_layer(counts: ModelCounts) -> Array:
   """[L]: zero fraction of each layer, a shared expert together with the routed ones."""
-  fired, entries = _fired_and_entries(counts["ffn"])
+  fired, entries = fired_and_entries(counts["ffn"])
   if "shared" in counts:
-    shared_fired, shared_entries = _fired_and_entries(counts["shared"])
+    shared_fired, shared_entries = fired_and_entries(counts["shared"])
     fired, entries = fired + shared_fired, entries + shared_entries
   layers = 1.0 - fired / entries
   return layers if "first" not in counts else jnp.concatenate([mean_zero_fraction(counts["first"], 1), layers])
 
 
-def _fired_and_entries(counts: HiddenCounts) -> tuple[Array, Array]:
+def fired_and_entries(counts: HiddenCounts) -> tuple[Array, Array]:
   """Entries of the hidden of each layer that fired, and all of them: [L] each."""
   return counts.fired.sum((1, 2)), counts.routed.sum(1) * counts.fired.shape[-1]
 

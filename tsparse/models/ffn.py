@@ -9,8 +9,9 @@ from tsparse.models.counts import HiddenCounts, count_fired
 from tsparse.sharding import constrain
 
 Array = jax.Array
-# What may be done to the hidden before `down` reads it: (gate, up, hidden) -> hidden, all [..., F]. See analysis/masks.
-Intervention = Callable[[Array, Array, Array], Array]
+# What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but expert,
+# int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks.
+Intervention = Callable[[Array, Array, Array, Array | None], Array]
 
 
 def gated_hidden(
@@ -19,12 +20,13 @@ def gated_hidden(
   activation: Callable[[Array, Array], Array],
   predicted: Array | None,
   intervene: Intervention | None,
+  expert: Array | None = None,
 ) -> Array:
   """act(gate, up) [..., F], times the predictor's mask if there is one, and then the intervention if there is one."""
   hidden = activation(gate, up)
   if predicted is not None:
     hidden = hidden * predicted
-  return hidden if intervene is None else intervene(gate, up, hidden)
+  return hidden if intervene is None else intervene(gate, up, hidden, expert)
 
 
 def feed_forward(

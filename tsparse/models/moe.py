@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
 from tsparse.models.counts import HiddenCounts, count_fired
-from tsparse.models.dispatch import Dispatch, at_home, gathered, sent
+from tsparse.models.dispatch import GROUP, Dispatch, at_home, gathered, sent
 from tsparse.models.ffn import Intervention, gated_hidden
 from tsparse.models.grouped import grouped_matmul, membership
 from tsparse.models.predictor import predict, straight_through
@@ -95,7 +95,8 @@ def moe_dense(
   routed = one_hot.any(axis=2)  # [B, T, E]
   gate, up = jnp.einsum("btd,edf->btef", x, experts.gate), jnp.einsum("btd,edf->btef", x, experts.up)
   predicted = None if predictors is None else predict(predictors.x, predictors.fc1, predictors.fc2)
-  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTEF")  # [B, T, E, F]
+  number = jnp.arange(experts.gate.shape[0])  # [E]
+  hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene, number), "BTEF")  # [B, T, E, F]
   counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
   out = jnp.einsum("btef,efd->bted", hidden, experts.down)  # [B, T, E, D]
   return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts
@@ -194,7 +195,10 @@ def _grouped(
     predicted = straight_through(grouped_matmul(read, predictors.fc2, sizes))
   hidden = gated_hidden(gate, up, activation, predicted, None)
   if intervene is not None:
-    hidden = _whole_rows(intervene, neurons, gate, up, hidden)
+    here = experts.gate.shape[0]
+    first = 0 if dispatch is at_home else jax.lax.axis_index(GROUP) * here
+    expert = first + jnp.repeat(jnp.arange(here), sizes, total_repeat_length=slots.shape[0])  # [S]; of none: the last
+    hidden = _whole_rows(lambda *parts: intervene(*parts, expert), neurons, gate, up, hidden)
   member = membership(sizes, hidden.shape[0], jnp.bfloat16)  # [S, E]; 0 and 1 are exact
   fired = jnp.einsum("se,sf->ef", member, (hidden != 0).astype(member.dtype), preferred_element_type=jnp.float32)
   counts = HiddenCounts(fired=fired, routed=sizes.astype(jnp.float32))
@@ -204,7 +208,7 @@ def _grouped(
   return out, jax.lax.psum(counts, batch) if batch else counts
 
 
-def _whole_rows(intervene: Intervention, neurons: tuple[str, ...], *parts: Array) -> Array:
+def _whole_rows(intervene: Callable[..., Array], neurons: tuple[str, ...], *parts: Array) -> Array:
   """intervene(gate, up, hidden) [S, F] where F may be split over mesh axes: a top-k needs all of a row."""
   if not neurons:
     return intervene(*parts)

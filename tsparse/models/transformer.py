@@ -28,7 +28,7 @@ from tsparse.activations import activation
 from tsparse.errors import UserError
 from tsparse.models import layers, rope
 from tsparse.models.attention import attention
-from tsparse.models.config import ModelConfig
+from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import HiddenCounts, ModelCounts
 from tsparse.models.ffn import Intervention, feed_forward
 from tsparse.models.loss import head_cross_entropy
@@ -127,13 +127,19 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, residual: Array, valid: Array, intervene: Intervention | None, jitter: Jitter | None
+    self,
+    x: Array,
+    residual: Array,
+    valid: Array,
+    interventions: Mapping[str, Intervention],
+    jitter: Jitter | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
     """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D] and counts by kind of FFN, [E, F] each.
 
-    The RouterSums are set aside in the collection "router", for those who ask for it.
+    `interventions` are by kind of FFN too; a kind without one is left alone. The RouterSums are set aside in the
+    collection "router", for those who ask for it.
     """
-    config = self.config
+    config, intervene = self.config, interventions.get("ffn")
     experts = "E" if config.num_experts else ""
     gate = _weight(self, "gate", experts + "DF", fan_in="D")
     up = _weight(self, "up", experts + "DF", fan_in="D")
@@ -155,7 +161,8 @@ class FeedForward(nn.Module):
     out, counts = moe(config.moe_impl, x, logits, weights, valid, act, chosen, renormalize, predictor, intervene)
     if not config.num_shared_experts:
       return out, {"ffn": counts}
-    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, intervene, None)
+    of_shared = {"ffn": interventions["shared"]} if "shared" in interventions else {}
+    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, of_shared, None)
     if config.shared_gate:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, _weight(self, "shared_gate", "D", fan_in="D")))[..., None]
     return out + shared, {"ffn": counts, "shared": shared_counts["ffn"]}
@@ -174,7 +181,7 @@ class Block(nn.Module):
     sin: Array,
     segment_ids: Array,
     window_index: Array | None,
-    intervene: Intervention | None,
+    interventions: Mapping[str, Intervention],
     jitter: Jitter | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
     """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
@@ -184,7 +191,7 @@ class Block(nn.Module):
     out = Attention(config, name="attention")(normed, cos, sin, segment_ids, window_index)
     x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
-    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, intervene, jitter)
+    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, interventions, jitter)
     if config.post_norms:
       out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
@@ -225,9 +232,11 @@ class Transformer(nn.Module):
       tokens: [B, T] int32.
       segment_ids: [B, T] int32; documents packed into a row have different ids, 0 is padding.
       positions: [B, T] int32, position in the segment.
-      intervention: optional pytree, itself a callable (gate, up, hidden) -> hidden, every leaf with a leading axis L:
-        layer l applies the slice l. Its leaves are traced, so sweeping their values does not recompile.
-      jitter: optional noise of the routers, for training; its leaves have a leading axis L too.
+      intervention: optional, by kind of FFN (as the counts are), each a pytree that is itself a callable (gate, up,
+        hidden, expert) -> hidden, see ffn.Intervention, every leaf with a leading axis L of the layers of its kind:
+        layer l applies the slice l. A kind without one is left alone. Leaves are traced: sweeping their values does not
+        recompile.
+      jitter: optional noise of the routers, for training; its leaves have a leading axis L of all layers.
       logits: if false, what the head would read is returned instead (`token_losses` needs no more).
 
     Returns:
@@ -243,13 +252,14 @@ class Transformer(nn.Module):
     windows = sorted(set(config.windows))
     window_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
     first, counts = config.dense_layers, {}
-    per_layer = (window_index, intervention, jitter)
+    of_first, of_rest = split_interventions(config, intervention or {})
+    per_layer = window_index, jitter
     if first:
-      head = jax.tree.map(lambda leaf: leaf[:first], per_layer)
-      x, dense = _stack(config.first, first, "first")(x, cos, sin, segment_ids, *head)
+      index, noise = jax.tree.map(lambda leaf: leaf[:first], per_layer)
+      x, dense = _stack(config.first, first, "first")(x, cos, sin, segment_ids, index, of_first, noise)
       counts["first"] = dense["ffn"]
-    rest = jax.tree.map(lambda leaf: leaf[first:], per_layer)
-    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, segment_ids, *rest)
+    index, noise = jax.tree.map(lambda leaf: leaf[first:], per_layer)
+    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, segment_ids, index, of_rest, noise)
     counts |= others
     x = _norm(self, "final_norm", x)
     if not logits:
@@ -260,6 +270,15 @@ class Transformer(nn.Module):
       head = _weight(self, "head", "DV", fan_in="D")
       out = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
     return constrain(layers.softcap(out, config.final_softcap), "BTV"), counts
+
+
+def split_interventions(config: ModelConfig, by_kind: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The interventions as the dense first layers and as the others name them; ValueError for a kind there is not."""
+  unknown = set(by_kind) - set(ffn_layers(config))
+  if unknown:
+    raise ValueError(f"interventions on {sorted(unknown)}: this model has the FFNs {list(ffn_layers(config))}")
+  of_first = {"ffn": by_kind["first"]} if "first" in by_kind else {}
+  return of_first, {kind: by_kind[kind] for kind in by_kind if kind != "first"}
 
 
 def token_losses(

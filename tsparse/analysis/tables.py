@@ -1,0 +1,332 @@
+"""The tables of the report, made once from the numbers as JSON has them: terminal, page and summary print their cells.
+
+Keys of the analysis that are absent leave their table out.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tsparse import files
+from tsparse.analysis import paper
+
+
+class Table(NamedTuple):
+  """A table ready to print: the first `labels` columns are text, the others right-aligned numbers.
+
+  Where the whole is too wide for a terminal it is printed in parts, cut only between groups of `group` columns.
+  `key` names its file, `terms` are keys of the definitions, and `notes` are sentences under it.
+  """
+
+  title: str
+  columns: list[str]
+  rows: list[list[str]]
+  labels: int = 1
+  group: int = 0  # 0: never cut
+  key: str = ""
+  terms: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
+
+
+def tables(analysis: dict) -> list[Table]:
+  """The tables everyone prints, those that the analysis has numbers for."""
+  analysis = files.strict(analysis)
+  models = analysis["models"]
+  result = [
+    quality(models),
+    *masked(models),
+    *confidence(models, analysis.get("comparisons") or []),
+    *methods(models),
+    *experts(models),
+    *neurons(models),
+    *unions(models),
+    *accounts(models),
+    *by_source(models),
+    *drawn(analysis),
+  ]
+  if analysis.get("paper"):
+    result += [Table(t.title, t.columns, t.rows, labels=2, key=t.key, notes=t.notes) for t in paper.tables(models)]
+  return result
+
+
+def quality(models: list[dict]) -> Table:
+  """One row per model, nothing masked."""
+  columns = ["model", "activation", "tokens seen", "loss", "perplexity", "zeros", "activated parameters"]
+  rows = []
+  for m in models:
+    parameters = m.get("parameters") or {}
+    total = parameters.get("total")
+    rows.append([
+      m["name"],
+      m["activation"],
+      count(m.get("trained_tokens")),
+      number(m["loss"]),
+      perplexity(m["perplexity"]),
+      percent(m["zero_fraction"]["mean"]),
+      f"{count(parameters.get('activated'), total)} of {count(total)}",
+    ])  # fmt: skip
+  terms = ("loss", "perplexity", "zero_fraction", "activated", "tokens_seen")
+  return Table("Quality and zeros, nothing masked", columns, rows, labels=2, key="quality", terms=terms)
+
+
+def masked(models: list[dict]) -> Iterator[Table]:
+  """Perplexity by level of sparsity, a table for each selection that has a level above 0."""
+  by_selection = {}
+  for m in models:
+    for curve in m.get("curves") or [{"selection": "hidden", "points": m.get("curve") or []}]:
+      points = {round(p["sparsity"], 6): p["perplexity"] for p in curve["points"]}
+      if any(level > 0 for level in points):
+        by_selection.setdefault(curve["selection"], {})[m["name"]] = {0.0: m["perplexity"]} | points
+  for selection, curves in by_selection.items():
+    rows = []
+    for level in sorted({level for curve in curves.values() for level in curve}):
+      row = [_level(level)]
+      for curve in curves.values():
+        row += [perplexity(curve[level]), _change(curve[level], curve[0.0], level)] if level in curve else ["", ""]
+      rows.append(row)
+    columns = ["sparsity", *(heading for name in curves for heading in (name, "change"))]
+    title = "Masked perplexity, by share of hidden entries set to zero per token"
+    title += "" if selection == "hidden" else f"; kept by {selection}"
+    yield Table(title, columns, rows, 1, 2, f"masked_{selection}", ("sparsity", "selection", "perplexity"))
+
+
+def confidence(models: list[dict], comparisons: list[dict]) -> Iterator[Table]:
+  """Intervals of each model, and of the differences between models on the same tokens."""
+  rows = []
+  for m in models:
+    found = m.get("confidence") or {}
+    if found.get("loss"):
+      zeros = found.get("zero_fraction")
+      rows.append([
+        m["name"],
+        _interval(found["loss"], number),
+        _interval(found["perplexity"], perplexity),
+        _interval(zeros, lambda x: f"{x:.2%}") if zeros else "one batch",
+        f"{m['documents']:,}",
+      ])  # fmt: skip
+  if rows:
+    columns = ["model", "loss", "perplexity", "zeros", "documents"]
+    yield Table("95% intervals over documents", columns, rows, key="confidence", terms=("confidence",))
+  rows = []
+  for pair in comparisons:
+    if pair["interval"] and pair["difference"] is not None:
+      (a, b), (low, high) = pair["models"], pair["interval"]
+      lower = "not told apart" if low <= 0 <= high else b if high < 0 else a
+      rows.append([f"{b} - {a}", f"{pair['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", lower])
+  if rows:
+    columns = ["loss of", "difference", "95% interval", "lower loss"]
+    yield Table("Models on the same tokens, paired", columns, rows, key="comparisons", terms=("difference",))
+
+
+# Name of a list of `thresholds` -> what its rows are set by.
+METHODS = {
+  "fat": ("FAT, one threshold", lambda p: f"epsilon {p['epsilon']:.3g}"),
+  "cats": ("CATS", lambda p: f"target {_level(p['target'])}"),
+  "teal": ("TEAL", lambda p: f"target {_level(p['target'])}"),
+  "teal_down": ("TEAL, input of down", lambda p: f"target {_level(p['target'])}"),
+  "cett": ("CETT", lambda p: f"CETT {p['cett']:.3g}"),
+}
+
+
+def methods(models: list[dict]) -> Iterator[Table]:
+  """Every way to zeros that was measured, for all models in one table: SwiGLU + CATS beside dReLU with top-k."""
+  rows, limits = [], []
+  for m in models:
+    thresholds = m.get("thresholds") or {}
+    if not thresholds:
+      continue
+    name = f"{m['name']} ({m['activation']})"
+    rows.append([name, "as it is", "", percent(m["zero_fraction"]["mean"]), perplexity(m["perplexity"]), ""])
+    points = [("top-k", _level(p["sparsity"]), p) for p in m.get("curve") or () if p["sparsity"] > 0]
+    for key, (method, setting) in METHODS.items():
+      points += [(method, setting(p), p) for p in thresholds.get(key) or ()]
+    for method, setting, p in points:
+      change = _change(p["perplexity"], m["perplexity"], 1)
+      rows.append([name, method, setting, percent(p["sparsity"]), perplexity(p["perplexity"]), change])
+    limits += [
+      [name, f"{p['p']:g}%", percent(p["sparsity"]), f"{p['cett']:.3g}"] for p in thresholds.get("ppl_p") or ()
+    ]
+  if rows:
+    columns = ["model", "zeros by", "setting", "zeros", "perplexity", "change"]
+    terms = ("sparsity", *METHODS, "calibration", "threshold sparsity")
+    yield Table("Training-free thresholds beside the paper's top-k", columns, rows, 3, key="methods", terms=terms)
+  if limits:
+    columns = ["model", "perplexity may rise by", "zeros", "CETT"]
+    yield Table("PPL-p% sparsity", columns, limits, key="ppl_p", terms=("ppl_p", "cett"))
+
+
+def experts(models: list[dict]) -> Iterator[Table]:
+  """Router and neurons together."""
+  rows = []
+  for m in models:
+    joint = (m.get("experts") or {}).get("joint")
+    if joint:
+      shares = [joint.get(key) for key in ("routed", "active_in_routed", "active_of_all")]
+      printed = joint.get("paper")
+      zeros = "" if shares[2] is None else percent(1 - shares[2])
+      rows.append([m["name"], *map(percent, shares), percent(printed) if isinstance(printed, float) else "", zeros])
+  if rows:
+    columns = ["model", "routed", "active in routed", "active of all", "by the paper's product", "zeros of all"]
+    yield Table("Router and neurons together", columns, rows, key="experts", terms=("joint", "load", "entropy"))
+
+
+def neurons(models: list[dict]) -> Iterator[Table]:
+  """Hot neurons and whether they stay the same."""
+  rows = []
+  for m in models:
+    found = m.get("neurons") or {}
+    if found.get("hot_share_80"):
+      stability = found.get("stability") or {}
+      kept = [(stability.get(key) or {}).get("mean") for key in ("hot_overlap", "rank_correlation")]
+      shown = [percent(kept[0]) if kept[0] is not None else "", number(kept[1]) if kept[1] is not None else ""]
+      rows.append([m["name"], percent(found["hot_share_80"]["mean"]), *shown])
+  if rows:
+    columns = ["model", "neurons that make 80%", "hottest 20% kept", "rank correlation"]
+    terms = ("neurons", "hot_share_80", "stability", "coactivation")
+    yield Table("Hot neurons", columns, rows, key="neurons", terms=terms)
+
+
+def unions(models: list[dict]) -> Iterator[Table]:
+  """Zeros and speedup by number of tokens."""
+  for kind, what in (("batch", "unrelated tokens in a batch"), ("window", "consecutive tokens of a document")):
+    found = {m["name"]: {p["size"]: p for p in (m.get("union") or {}).get(kind) or ()} for m in models}
+    found = {name: points for name, points in found.items() if points}
+    rows = []
+    for size in sorted({size for points in found.values() for size in points}):
+      row = [f"{size:,}"]
+      for points in found.values():
+        p = points.get(size)
+        row += [percent(p["zero_fraction"]), f"{p['expected_speedup']:.2f}×"] if p else ["", ""]
+      rows.append(row)
+    if rows:
+      columns = ["tokens", *(heading for name in found for heading in (f"{name} zeros", "expected speedup"))]
+      yield Table(f"Zeros of the union: {what}", columns, rows, 1, 2, f"union_{kind}", ("union", "expected_speedup"))
+
+
+def accounts(models: list[dict]) -> Iterator[Table]:
+  """Parameters by what is counted, and operations."""
+  found = [m for m in models if (m.get("parameters") or {}).get("accounts")]
+  if not found:
+    return
+  rows = []
+  for i, account in enumerate(found[0]["parameters"]["accounts"]):
+    row = [f"parameters, {account['name']}"]
+    for m in found:
+      of = m["parameters"]["accounts"][i]
+      row += [count(of["total"]), count(of["activated"], of["total"])]
+    rows.append(row)
+  row = ["operations of a token (FLOPs)"]
+  for m in found:
+    row += [count(m["flops"]["total"]), count(m["flops"]["activated"], m["flops"]["total"])]
+  columns = ["what is counted", *(heading for m in found for heading in (m["name"], "activated"))]
+  terms = ("activated", "embeddings", "flops")
+  yield Table("Parameters and operations of one token", columns, [*rows, row], 1, 2, "accounting", terms)
+
+
+def by_source(models: list[dict]) -> Iterator[Table]:
+  """Of mixtures: loss and zeros of every model on what each source holds out."""
+  models = [m for m in models if m.get("sources")]
+  if not models:
+    return
+  rows = []
+  for name in dict.fromkeys(source["name"] for m in models for source in m["sources"]):
+    row = [name]
+    for m in models:
+      found = next((source for source in m["sources"] if source["name"] == name), None)
+      row += [number(found["loss"]), percent(found["zero_fraction"])] if found else ["", ""]
+    rows.append(row)
+  columns = ["source", *(f"{name} {what}" for name in (m["name"] for m in models) for what in ("loss", "zeros"))]
+  yield Table("Held-out loss by source of the data, nats per token", columns, rows, group=2, key="by_source")
+
+
+def drawn(analysis: dict) -> Iterator[Table]:
+  """Of mixtures, and where lines were left out: what each stage drew from each source."""
+  columns = ["source", "category", "tokens drawn", "share", "target", "epochs", "lines skipped"]
+  terms = ("data_tokens", "data_epochs", "data_fill")
+  stages = {"training": analysis.get("sources") or []}
+  stages |= {f"phase {name}": sources for name, sources in (analysis.get("phases") or {}).items()}
+  for stage, sources in stages.items():
+    if len(stages) == 1 and len(sources) < 2 and not any(source["malformed"] for source in sources):
+      continue
+    rows = []
+    for source in sources:
+      epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
+      skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
+      share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
+      rows.append([source["name"], source["category"], count(source["tokens"]), share, target, epochs, skipped])
+    key = "drawn_" + stage.replace(" ", "_")
+    yield Table(f"What {stage} drew from each source", columns, rows, labels=2, key=key, terms=terms)
+
+
+def details(models: list[dict]) -> Table:
+  """What was measured where: too wide for a terminal, so only on the page."""
+  rows = []
+  for m in models:
+    dead = m.get("dead_neurons")
+    dead = f"{dead['count']:,} of {dead['total']:,}" if dead else "unknown"
+    rows.append([m["name"], str(m["model"]), m["data"], f"{m['tokens']:,}", dead])
+  columns = ["model", "read from", "evaluated on", "tokens evaluated", "dead neurons"]
+  return Table("The models", columns, rows, 3, key="models", terms=("dead_neurons",))
+
+
+def notes(analysis: dict) -> list[str]:
+  """The sentences that belong under the tables: what was evaluated, and what a comparison of losses cannot tell."""
+  models = files.strict(analysis)["models"]
+  result = []
+  for data in dict.fromkeys((m["data"], m.get("tokens"), m.get("documents")) for m in models):
+    names = [m["name"] for m in models if (m["data"], m.get("tokens"), m.get("documents")) == data]
+    who = "" if len(names) == len(models) else f" ({', '.join(names)})"
+    documents = "" if data[2] is None else f" in {data[2]:,} document{'s' * (data[2] != 1)}"
+    tokens = "" if data[1] is None else f", {data[1]:,} tokens{documents}"
+    result.append(f"Evaluated{who} on {data[0]}{tokens}; loss is in nats per token.")
+  vocabularies = {m["name"]: m.get("vocabulary") for m in models}
+  if len(set(vocabularies.values())) > 1:
+    named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())
+    result.append(f"Vocabularies differ ({named}): losses and perplexities are per token of each and do not compare.")
+  seen = {m["name"]: m.get("trained_tokens") for m in models}
+  if len(set(seen.values())) > 1:
+    counts = ", ".join(f"{name} {count(n)}" for name, n in seen.items())
+    result.append(f"Tokens seen differ ({counts}): part of a lower loss can be plain further training.")
+  return result
+
+
+def count(n, scale=None) -> str:
+  """1234567 as 1.23M. `scale` chooses the unit, so that two counts of one cell share it."""
+  if n is None:
+    return "unknown"
+  for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+    if max(n, scale or 0) >= unit:
+      return f"{n / unit:.2f}{name}"
+  return f"{n:,}"
+
+
+def perplexity(value) -> str:
+  """Two decimals, fewer for large ones."""
+  if value is None:
+    return "not finite"
+  return f"{value:,.2f}" if value < 1e3 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+
+
+def number(value) -> str:
+  """Three decimals."""
+  return "not finite" if value is None else f"{value:.3f}"
+
+
+def percent(share) -> str:
+  """A share with one decimal."""
+  return "not finite" if share is None else f"{share:.1%}"
+
+
+def _level(share: float) -> str:
+  return f"{100 * share:.4g}%"
+
+
+def _interval(bounds: list, shown: Any) -> str:
+  return " to ".join("not finite" if bound is None else shown(bound) for bound in bounds)
+
+
+def _change(value, unmasked, level) -> str:
+  """Relative to the unmasked perplexity: a percentage, or from ten times on the factor."""
+  if level == 0 or not unmasked or value is None:
+    return ""
+  ratio = value / unmasked
+  return f"{ratio - 1:+.1%}".replace("-0.0%", "+0.0%") if ratio < 10 else f"×{perplexity(ratio)}"

@@ -24,6 +24,7 @@ SECTIONS = {
   "Beyond one token": ("union_zeros", "union_speedup", "union_batch", "union_window"),
   "Parameters and operations": ("accounting",),
   "Beside the paper": ("paper_1", "paper_2", "paper_3"),
+  "The data": ("by_source", "drawn"),
   "The models": ("models",),
 }  # fmt: skip
 

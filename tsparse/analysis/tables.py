@@ -239,22 +239,22 @@ def by_source(models: list[dict]) -> Iterator[Table]:
 
 
 def drawn(analysis: dict) -> Iterator[Table]:
-  """Of mixtures, and where lines were left out: what each stage drew from each source."""
+  """Of mixtures, of phases, and where lines were left out: what each stage drew from each source."""
+  stages = {"main": analysis.get("sources") or []} | (analysis.get("phases") or {})
+  several = len(stages) > 1
+  if not several and len(stages["main"]) < 2 and not any(source["malformed"] for source in stages["main"]):
+    return
+  rows = []
+  for stage, source in ((stage, source) for stage, sources in stages.items() for source in sources):
+    epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
+    skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
+    share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
+    row = [source["name"], source["category"], count(source["tokens"]), share, target, epochs, skipped]
+    rows.append([stage, *row] if several else row)
   columns = ["source", "category", "tokens drawn", "share", "target", "epochs", "lines skipped"]
+  columns = ["phase", *columns] if several else columns
   terms = ("data_tokens", "data_epochs", "data_fill")
-  stages = {"training": analysis.get("sources") or []}
-  stages |= {f"phase {name}": sources for name, sources in (analysis.get("phases") or {}).items()}
-  for stage, sources in stages.items():
-    if len(stages) == 1 and len(sources) < 2 and not any(source["malformed"] for source in sources):
-      continue
-    rows = []
-    for source in sources:
-      epochs = "unknown" if source["epochs"] is None else f"{source['epochs']:.2f}"
-      skipped = f"{source['skipped']:,}" + (f" and {source['malformed']:,} malformed" if source["malformed"] else "")
-      share, target = f"{source['share']:.2%}", f"{source['target']:.2%}"
-      rows.append([source["name"], source["category"], count(source["tokens"]), share, target, epochs, skipped])
-    key = "drawn_" + stage.replace(" ", "_")
-    yield Table(f"What {stage} drew from each source", columns, rows, labels=2, key=key, terms=terms)
+  yield Table("What training drew from each source", columns, rows, labels=2 + several, key="drawn", terms=terms)
 
 
 def details(models: list[dict]) -> Table:

@@ -293,11 +293,14 @@ ffi::Error Attend(ffi::ThreadPool pool, int64_t level, int64_t window, float sca
   const Isa& isa = isa_of(level);
   const auto dims = key.dimensions();  // [B, K, S, H]
   const int64_t heads = dims[1], length = dims[2], H = dims[3], group = query.dimensions()[1] / heads;
-  parallel(pool, dims[0] * heads, [&](int64_t i) {
-    const int64_t end = std::clamp<int64_t>(positions.typed_data()[i / heads] + 1, 1, length);
-    const int64_t begin = window ? std::max<int64_t>(0, end - window) : 0, at = (i * length + begin) * H;
-    isa.attend(query.typed_data() + i * group * H, key.typed_data() + at, value.typed_data() + at, group, end - begin,
-               H, scale, cap, out->typed_data() + i * group * H);
+  const int64_t total = dims[0] * heads, step = std::clamp<int64_t>(kPiece / (8 * length * H), 1, total);
+  parallel(pool, (total + step - 1) / step, [&](int64_t piece) {
+    for (int64_t i = piece * step; i < std::min(total, (piece + 1) * step); ++i) {
+      const int64_t end = std::clamp<int64_t>(positions.typed_data()[i / heads] + 1, 1, length);
+      const int64_t begin = window ? std::max<int64_t>(0, end - window) : 0, at = (i * length + begin) * H;
+      isa.attend(query.typed_data() + i * group * H, key.typed_data() + at, value.typed_data() + at, group, end - begin,
+                 H, scale, cap, out->typed_data() + i * group * H);
+    }
   });
   return ffi::Error::Success();
 }

@@ -31,7 +31,7 @@ class Neurons(NamedTuple):
 
 
 class Predictor(NamedTuple):
-  """One predictor for each expert, fc1 [E, R, D] and fc2 [E, F, R] (models/predictor.py), and what they read, x [n, D]."""
+  """One predictor for each expert (models/predictor.py), fc1 [E, R, D] and fc2 [E, F, R], and their input x [n, D]."""
 
   fc1: Array
   fc2: Array

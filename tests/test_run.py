@@ -113,6 +113,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     done.append(script)
   assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 1
+  assert done.count("generate.py") == 2
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if f"configs/{name}.py" not in str(list(readme_commands()))])

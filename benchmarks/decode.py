@@ -28,7 +28,7 @@ from absl import flags
 from tsparse import cli, files
 from tsparse.errors import UserError
 
-SHAPES = flags.DEFINE_list("shapes", "mistral,mixtral", "Which shapes, of mistral and mixtral.")
+SHAPES = flags.DEFINE_list("shapes", "mistral,mixtral", "Which shapes, of those of KNOWN in constructed.py.")
 LAYERS = flags.DEFINE_integer("layers", 0, "Layers of each shape; 0: as many as a quarter of the free memory holds.")
 TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens decoded by each, in turns; the least time counts.", lower_bound=1)
 PEERS = flags.DEFINE_boolean("peers", True, "Also transformers on the same shape, in bfloat16 and float32.")
@@ -39,127 +39,15 @@ MODES = {"dense": "off", "exact": "exact", "predictor": "predictor"}
 TARGETS = {"dense": 0.8, "exact": 0.85, "predictor": 0.85}  # of the bandwidth; of their ideal speedups
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """A published model, and its sparsity in twentieths of the neurons; see the paper's section 6 for the ranks."""
-
-  preset: str
-  firing: int  # twentieths of the neurons that fire
-  gates: float  # share of the gates that are positive: the square root of that of the neurons, as for dReLU
-  rank: int
-
-
-KNOWN = {
-  "mistral": Shape("mistral_7b", firing=2, gates=0.316, rank=1260),
-  "mixtral": Shape("mixtral_8x7b", firing=3, gates=0.387, rank=1036),
-}
-CLASSES = 20
-LOUD = 8.0  # the channels that are no noise: 0 is the same for all tokens, 1 + c says that the class is c
-POOL = 2**24 - 3  # random numbers; a prime length, so that rows differ
-
-
-@functools.cache
-def pool() -> np.ndarray:
-  """[POOL] bfloat16, normal."""
-  import ml_dtypes
-
-  return np.random.default_rng(0).standard_normal(POOL, np.float32).astype(ml_dtypes.bfloat16)
-
-
-def noise(scale: float, *shape: int) -> np.ndarray:
-  """Array of `shape`, bfloat16, normal with that standard deviation."""
-  return np.resize((pool().astype(np.float32) * scale).astype(pool().dtype), shape)
-
-
-def decoder_of(shape: Shape, layers: int) -> tuple[Any, dict[str, Any]]:
-  """The model's config, and its parameters in the layout of tsparse/sparse/layout.py."""
-  import jax
-
-  from tsparse.models.config import PRESETS
-  from tsparse.sparse.kernels.reference import Neurons
-
-  config = dataclasses.replace(
-    PRESETS[shape.preset],
-    num_layers=layers,
-    activation="drelu",
-    dtype="float32",
-    predictor_ranks=(shape.rank,) * layers,
-    predictor_input="after_norm",
-  )
-  dim, width, rank, experts = config.d_model, config.d_ff, shape.rank, max(1, config.num_experts)
-  heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  group = np.random.default_rng(1).permutation(width) % CLASSES  # [F]
-  fires = (group[:, None] - np.arange(CLASSES)) % CLASSES < shape.firing  # [F, class]
-  loud = slice(1 + CLASSES)
-  unit = dim**-0.5  # of the weights of a product that has variance 1
-  share = shape.firing / CLASSES
-  cold = normal_quantile((shape.gates - share) / (1 - share))  # so far below 0 are the gates that do not fire
-
-  def rows(base: float, lift: float) -> np.ndarray:  # [F, D]: products N(base, 1), and lifted where the neuron fires
-    w = noise(unit, width, dim)
-    w[:, 0], w[:, 1 : 1 + CLASSES] = base / LOUD, lift / LOUD * fires
-    return w
-
-  def down() -> np.ndarray:
-    w = noise(0.1 * width**-0.5, width, dim)
-    w[:, loud] = 0
-    return w
-
-  def fc1() -> np.ndarray:
-    w = noise(unit, rank, dim)
-    w[:CLASSES] = 0
-    w[np.arange(CLASSES), 1 + np.arange(CLASSES)] = 1
-    return w
-
-  def fc2() -> np.ndarray:
-    w = noise(1e-3, width, rank)
-    w[:, :CLASSES] = np.where(fires, 4, -4)
-    return w
-
-  def put(*arrays: np.ndarray) -> Any:
-    return jax.device_put(np.stack(arrays))
-
-  def layer() -> dict[str, Any]:
-    made = {name: jax.numpy.ones(dim) for name in ("attention_norm", "ffn_norm")}
-    made["qkv"] = put(*noise(unit, heads + 2 * kv_heads, dim))
-    out = noise(0.1 * unit, dim, heads)
-    out[loud] = 0
-    made["out"] = put(*out)
-    gates, ups = (put(*[rows(base, lift)] * experts) for base, lift in ((cold, 6.0), (-6.0, 12.0)))
-    made["neurons"] = Neurons(gates, ups, put(*[down()] * experts))
-    made["fc1"], made["fc2"] = put(*[fc1()] * experts), put(*[fc2()] * experts)
-    if config.num_experts:
-      made["router"] = jax.numpy.asarray(noise(unit, dim, experts).astype(np.float32))
-    return made
-
-  embed = noise(1.0, config.vocab_size, dim)
-  embed[:, loud] = 0
-  embed[:, 0] = LOUD
-  embed[np.arange(config.vocab_size), 1 + np.arange(config.vocab_size) % CLASSES] = LOUD
-  params = {
-    "embed": jax.device_put(embed),
-    "final_norm": jax.numpy.ones(dim),
-    "layers": [layer() for _ in range(layers)],
-  }
-  return config, params | {"head": jax.device_put(noise(unit, config.vocab_size, dim))}
-
-
-def normal_quantile(p: float) -> float:
-  """x with P(N(0, 1) < x) = p."""
-  from statistics import NormalDist
-
-  return NormalDist().inv_cdf(p)
-
-
 def without_predictors(config: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
   """The same model with none."""
   layers = [{name: w for name, w in layer.items() if name not in ("fc1", "fc2")} for layer in params["layers"]]
   return dataclasses.replace(config, predictor_ranks=(), predictor_input=""), params | {"layers": layers}
 
 
-def bytes_touched(shape: Shape, config: Any, length: int) -> dict[str, float]:
+def bytes_touched(shape: Any, config: Any, length: int) -> dict[str, float]:
   """Mode -> bytes of weights and cache that one token of the layers must read, at that length of the cache."""
-  dim, size, share = config.d_model, config.head_dim, shape.firing / CLASSES
+  dim, size, share = config.d_model, config.head_dim, shape.share
   attention = 2 * dim * size * 2 * (config.num_heads + config.num_kv_heads) + 8 * length * config.num_kv_heads * size
   router, chosen = 4 * dim * config.num_experts, max(1, config.experts_per_token)
   matrix = 2 * dim * config.d_ff
@@ -212,7 +100,7 @@ def bandwidth_reader(params: dict[str, Any]) -> tuple[Callable[[], None], int]:
 
   arrays, total = [], 0
   for array in jax.tree.leaves(params["layers"]):
-    if array.nbytes > 2**20 and total < 2**30:
+    if total < 2**30:
       arrays.append(array)
       total += array.nbytes
   read = jax.jit(lambda arrays: [native.read(array) for array in arrays])
@@ -230,6 +118,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
   """The figures of one shape."""
   import jax
 
+  from benchmarks.constructed import KNOWN, decoder_of
   from tsparse.sparse.generate import best_kernels
 
   shape = KNOWN[name]
@@ -274,6 +163,7 @@ def transformers_seconds(name: str, layers: int, tokens: int, dtype: str) -> flo
   import torch
   from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
+  from benchmarks.constructed import KNOWN, POOL, pool
   from tsparse.models.config import PRESETS
 
   ours = PRESETS[KNOWN[name].preset]
@@ -329,6 +219,7 @@ def free_bytes() -> int:
 
 def main():
   """Measures, prints the tables, writes the JSON."""
+  from benchmarks.constructed import KNOWN
   from tsparse.models.config import PRESETS, parameter_counts
   from tsparse.sparse.kernels import build
 

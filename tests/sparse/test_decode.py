@@ -35,7 +35,13 @@ def model_of(config):
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
   params = jax.tree.unflatten(tree, noisy)
-  return params, arrange(config, leaves_of(params))
+  if not config.predictor_ranks:
+    return params, arrange(config, leaves_of(params))
+  fc1 = params["layers"]["ffn"]["predictor"]["fc1"]  # the second layer's is of a lower rank: padded, and then not read
+  params["layers"]["ffn"]["predictor"]["fc1"] = fc1.at[1, ..., 4:].set(0)
+  arranged = arrange(dataclasses.replace(config, predictor_ranks=(6, 4)), leaves_of(params))
+  assert [layer["fc1"].shape[1] for layer in arranged["layers"]] == [6, 4]
+  return params, arranged
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -6,13 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.convert.test_huggingface import CASES, save_huggingface
 from tests.test_run import run
+from tsparse.convert.convert import convert
+from tsparse.convert.model import open_model
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
-from tsparse.sparse.generate import PIECE, Decoder, Request, best_kernels, complete, load, sparse_mode, stream
+from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, best_kernels, complete, load, sparse_mode, stream
 from tsparse.sparse.layout import arrange, leaves_of
 from tsparse.sparse.sample import Sampling, choose, filtered
 from tsparse.sparse.text import Stream, chatml, encode_prompt, load_tokenizer, stop_tokens
@@ -21,7 +24,7 @@ FAMILIES = ("llama_yarn", "mistral", "qwen2", "olmoe", "gemma2", "mixtral", "qwe
 PROMPTS = [[3, 14, 15, 92, 65, 35, 8, 9, 79], [31, 41, 5]]
 
 
-def rows(decoder, prompts, count, sampling=Sampling()):  # noqa: B008
+def rows(decoder, prompts, count, sampling=GREEDY):
   return np.stack(list(stream(decoder, prompts, count, sampling)), axis=1).tolist()
 
 
@@ -40,20 +43,13 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
 
   theirs = save_huggingface(tmp_path, *CASES[name])
   theirs.generation_config.eos_token_id = None
-  (tmp_path / "tokenizer_config.json").write_text("{}")
-  decoder = dataclasses.replace(load_without_tokenizer(tmp_path), mode="off")
+  model = open_model(tmp_path)  # it has no tokenizer, which `load` would ask for
+  decoder = Decoder(model.config, arrange(model.config, model.leaves()[0]), "off", best_kernels())
   want = [
     theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
     for prompt in PROMPTS
   ]
   assert rows(decoder, PROMPTS, 12) == [row.tolist() for row in want]
-
-
-def load_without_tokenizer(path):
-  from tsparse.convert.model import open_model
-
-  model = open_model(path)
-  return Decoder(model.config, arrange(model.config, model.leaves()[0]), "off", best_kernels())
 
 
 def test_a_row_does_not_depend_on_its_neighbours(tiny):
@@ -75,7 +71,7 @@ def test_exact_gives_the_tokens_of_dense_on_experts(tiny):
   assert rows(dataclasses.replace(tiny, mode="exact"), PROMPTS, 20) == rows(tiny, PROMPTS, 20)
 
 
-def test_a_real_model_tells_its_story_and_loses_no_token_to_skipping(shared_data):
+def test_a_real_model_tells_its_story_and_loses_no_token_to_skipping(shared_data, tmp_path):
   decoder = load(shared_data / "stories260k")
   assert decoder.mode == "off"
   tokenizer = decoder.tokenizer
@@ -83,10 +79,11 @@ def test_a_real_model_tells_its_story_and_loses_no_token_to_skipping(shared_data
   assert story.startswith(
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
   )
-  config = dataclasses.replace(decoder.config, activation="drelu")
-  prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in ("Once upon a time", "The dog")]
-  dense = rows(dataclasses.replace(decoder, config=config), prompts, 100)
-  assert rows(dataclasses.replace(decoder, config=config, mode="exact"), prompts, 100) == dense
+  convert(shared_data / "stories260k", tmp_path / "ours", "tsparse", activation="drelu", console=Console(quiet=True))
+  decoder = load(tmp_path / "ours", dtype="bfloat16")
+  prompts = [[tokenizer.bos, *decoder.tokenizer.encode(text)] for text in ("Once upon a time", "The dog")]
+  assert decoder.mode == "exact" and decoder.params["layers"][0]["neurons"].gate.dtype == "bfloat16"
+  assert rows(decoder, prompts, 100) == rows(dataclasses.replace(decoder, mode="off"), prompts, 100)
 
 
 def test_filters_keep_what_those_of_transformers_keep():
@@ -113,10 +110,9 @@ def test_draws_follow_the_probabilities():
 
 def test_text_is_shown_once_it_is_certain():
   tokenizer = load_tokenizer("bytes")
-  stream_ = Stream(tokenizer, tokenizer.encode("x"), ["END"])
-  shown = [stream_.add(token) for token in tokenizer.encode("aé EN ENDrest")[:12]]
-  assert shown == ["a", "", "é", " ", "", "", "EN ", "", "", "", "", ""][:12] and stream_.stopped
-  assert stream_.text == "aé EN "
+  text = Stream(tokenizer, tokenizer.encode("x"), ["END"])
+  shown = [text.add(token) for token in tokenizer.encode("aé EN END")]
+  assert shown == ["a", "", "é", " ", "", "", "EN ", "", "", ""] and text.stopped and text.text == "aé EN "
 
 
 def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):

@@ -164,7 +164,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every row, [B] int32, `new_tokens` times.
 
-  A row's tokens do not depend on the others. Nothing ends a row early: the caller stops listening to it.
+  A row's logits do not depend on the others, but for rounding in the attention of a prompt. Nothing ends a row early:
+  the caller stops listening to it.
 
   Args:
     decoder: the model.

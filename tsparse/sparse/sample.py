@@ -52,10 +52,11 @@ def filtered(sampling: Sampling, logits: Array) -> Array:
     kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if sampling.top_p < 1:
-    order = jnp.argsort(-logits, axis=-1)  # stable: of equal tokens the first stays
-    shares = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
+    ranked = -jnp.sort(-logits, axis=-1)
+    shares = jax.nn.softmax(ranked, axis=-1)
     stays = jnp.cumsum(shares, axis=-1) - shares < sampling.top_p  # those before it do not reach top_p yet
-    logits = jnp.where(jnp.take_along_axis(stays, jnp.argsort(order, axis=-1), -1), logits, -jnp.inf)
+    least = jnp.min(ranked, axis=-1, keepdims=True, where=stays, initial=jnp.inf)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
   if sampling.min_p:
     logits = jnp.where(logits < logits.max(-1, keepdims=True) + math.log(sampling.min_p), -jnp.inf, logits)
   return logits

@@ -47,7 +47,7 @@ def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: 
   """The ids that end a text: EOS, those of the model's generation_config.json, and the tokens called `names`.
 
   Raises:
-    UserError: the tokenizer has no such token.
+    UserError: the tokenizer has no such token, or generation_config.json is damaged.
   """
   unknown = [name for name in names if name not in tokenizer.table]
   if unknown:
@@ -57,7 +57,10 @@ def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: 
     )
   names = [*names, IM_END] if chat and IM_END in tokenizer.table else names
   path = folder / "generation_config.json"
-  listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+  try:
+    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+  except (OSError, ValueError, AttributeError) as error:
+    raise UserError(f"{path} cannot be read ({error}): fetch it again, or take it away.") from None
   listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
   return {tokenizer.eos, *listed, *(tokenizer.table[name] for name in names)}
 

@@ -73,3 +73,27 @@ def test_the_benchmark_of_the_analysis_runs(tmp_path):
   rows = {row["what"]: row for row in rows}
   assert rows["plain"]["ratio"] == 1 and rows["sweep of 10 levels"]["forwards"] == 10 and len(rows) == 6
   assert "masked by contribution" in done.stdout
+
+
+def compiled(script, *arguments, out):
+  """The JSON of a benchmark of the native kernels; skips where there is no compiler for them."""
+  command = [sys.executable, f"benchmarks/{script}", *arguments, f"--json={out}"]
+  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+  if "cannot be built here" in done.stderr:
+    pytest.skip("no C++ compiler")
+  assert done.returncode == 0, done.stderr
+  return json.loads(out.read_text())
+
+
+def test_the_benchmark_of_decoding_runs_and_its_modes_agree(tmp_path):
+  sizes = ["--shapes=tiny,tiny_moe", "--layers=2", "--tokens=5", "--nopeers"]
+  fields = compiled("decode.py", *sizes, out=tmp_path / "decode.json")
+  assert fields.keys() >= {"speedup_over_dense", "ideal", "bandwidth_share", "peers"}
+  assert fields["ideal"].keys() == {"dense", "exact", "predictor"} and fields["ideal"]["predictor"] > 1
+  assert [result["shape"] for result in fields["results"]] == ["tiny", "tiny_moe"]
+
+
+def test_the_break_even_of_skipping_is_measured(tmp_path):
+  rows = compiled("break_even.py", "--preset=tiny", "--repeats=1", out=tmp_path / "rows.json")["rows"]
+  assert len(rows) == 24 and all(row["ratio"] > 0 for row in rows)
+  assert rows[0]["bytes"] == 1 and rows[-4]["bytes"] < 0.5

@@ -1,0 +1,253 @@
+"""Milliseconds of a decoded token: dense, exact-sparse and predicted, beside what the bytes allow and beside others.
+
+python benchmarks/decode.py
+python benchmarks/decode.py --shapes=mistral --layers=8 --json=decode.json
+python benchmarks/decode.py --quick
+
+Layers of the published shapes in bfloat16, batch 1, as many as fit; the weights are random and made so that the answer
+is known: a token's class, which channels of its embedding say, decides which tenth of the neurons fires (15 % of those
+of Mixtral's experts), the gate alone is positive for 32 % (39 %), and the predictors, of the rank published for the
+model, read the class. All else in them is noise, read and multiplied like any weight. So all three modes give the same
+tokens, which is checked, and the speed is that of a predictor that is right; how right they are is not measured here.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from absl import flags
+
+from tsparse import cli, files
+from tsparse.errors import UserError
+
+SHAPES = flags.DEFINE_list("shapes", "mistral,mixtral", "Which shapes, of those of KNOWN in constructed.py.")
+LAYERS = flags.DEFINE_integer("layers", 0, "Layers of each shape; 0: as many as a quarter of the free memory holds.")
+TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens decoded by each, in turns; the least time counts.", lower_bound=1)
+PEERS = flags.DEFINE_boolean("peers", True, "Also transformers on the same shape, in bfloat16 and float32.")
+QUICK = flags.DEFINE_boolean("quick", False, "One layer of the Mistral shape and 8 tokens: under a minute.")
+JSON = flags.DEFINE_string("json", "", "Where the same figures are written.")
+
+MODES = {"dense": "off", "exact": "exact", "predictor": "predictor"}
+TARGETS = {"dense": 0.8, "exact": 0.85, "predictor": 0.85}  # of the bandwidth; of their ideal speedups
+
+
+def without_predictors(config: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """The same model with none."""
+  layers = [{name: w for name, w in layer.items() if name not in ("fc1", "fc2")} for layer in params["layers"]]
+  return dataclasses.replace(config, predictor_ranks=(), predictor_input=""), params | {"layers": layers}
+
+
+def bytes_touched(shape: Any, config: Any, length: int) -> dict[str, float]:
+  """Mode -> bytes of weights and cache that one token of the layers must read, at that length of the cache."""
+  dim, size, share = config.d_model, config.head_dim, shape.share
+  attention = 2 * dim * size * 2 * (config.num_heads + config.num_kv_heads) + 8 * length * config.num_kv_heads * size
+  router, chosen = 4 * dim * config.num_experts, max(1, config.experts_per_token)
+  matrix = 2 * dim * config.d_ff
+  read = {
+    "dense": 3 * matrix,
+    "exact": (1 + shape.gates + share) * matrix,
+    "predictor": 3 * share * matrix + 2 * shape.rank * (dim + config.d_ff),
+  }
+  return {mode: config.num_layers * (attention + router + chosen * ffn) for mode, ffn in read.items()}
+
+
+def steppers(config: Any, params: dict[str, Any], kernels: str, length: int) -> dict[str, Callable[[int, bool], int]]:
+  """Mode -> function of (token, with the head) that decodes one more token and returns the next (0 without)."""
+  import jax
+  import jax.numpy as jnp
+
+  from tsparse.sparse.decode import empty_cache, hidden_states
+  from tsparse.sparse.generate import forward
+
+  @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+  def layers_only(config, mode, params, cache, tokens, start):
+    return hidden_states(config, kernels, mode, params, cache, tokens, start[:, None], jnp.ones((1, 1), bool))
+
+  def stepper(mode: str) -> Callable[[int, bool], int]:
+    model = (config, params) if mode == "predictor" else without_predictors(config, params)
+    state = {"cache": empty_cache(config, 1, length), "at": 0}
+
+    def step(token: int, head: bool) -> int:
+      tokens, start = np.full((1, 1), token, np.int32), np.full(1, state["at"], np.int32)
+      if head:
+        logits, state["cache"] = forward(
+          model[0], kernels, MODES[mode], model[1], state["cache"], tokens, start, start + 1
+        )
+        state["at"] += 1
+        return int(jnp.argmax(logits[0]))
+      hidden, state["cache"] = layers_only(model[0], MODES[mode], model[1], state["cache"], tokens, start)
+      hidden.block_until_ready()
+      return 0
+
+    return step
+
+  return {mode: stepper(mode) for mode in MODES}
+
+
+def bandwidth_reader(params: dict[str, Any]) -> tuple[Callable[[], None], int]:
+  """A function that reads weights of up to 1 GB once, by all threads, and how many bytes these are."""
+  import jax
+
+  from tsparse.sparse.kernels import native
+
+  arrays, total = [], 0
+  for array in jax.tree.leaves(params["layers"]):
+    if total < 2**30:
+      arrays.append(array)
+      total += array.nbytes
+  read = jax.jit(lambda arrays: [native.read(array) for array in arrays])
+  return lambda: jax.block_until_ready(read(arrays)), total
+
+
+def clock(function: Callable, *args: Any) -> tuple[float, Any]:
+  """Seconds of a call, and what it returns."""
+  start = time.perf_counter()
+  value = function(*args)
+  return time.perf_counter() - start, value
+
+
+def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
+  """The figures of one shape."""
+  import jax
+
+  from benchmarks.constructed import KNOWN, decoder_of
+  from tsparse.sparse.generate import best_kernels
+
+  shape = KNOWN[name]
+  config, params = decoder_of(shape, layers)
+  steps = steppers(config, params, best_kernels(), max(64, 1 << tokens.bit_length()))
+  read, read_bytes = bandwidth_reader(params)
+  seconds = {head: dict.fromkeys(MODES, float("inf")) for head in (False, True)}
+  best, current, said = float("inf"), dict.fromkeys(MODES, 1), {mode: [] for mode in MODES}
+  for i in range(tokens + 1):
+    times = {(mode, head): None for mode in MODES for head in (False, True)}
+    for mode, head in times:
+      times[mode, head], token = clock(steps[mode], current[mode], head)
+      if head:
+        current[mode] = token
+        said[mode].append(token)
+    read_time, _ = clock(read)
+    if i:  # the first compiles
+      best = min(best, read_time)
+      for (mode, head), value in times.items():
+        seconds[head][mode] = min(seconds[head][mode], value)
+  if len(set(map(tuple, said.values()))) > 1:
+    raise AssertionError(f"the modes do not give the same tokens: {said}")
+  touched, head_bytes = bytes_touched(shape, config, tokens // 2), 2 * config.vocab_size * config.d_model
+  bandwidth = read_bytes / best
+  result = {"shape": name, "layers": layers, "tokens": tokens, "bandwidth_gb_per_s": bandwidth / 1e9}
+  for head, key in ((False, "layers_only"), (True, "with_head")):
+    moved = {mode: count + head_bytes * head for mode, count in touched.items()}
+    result[key] = {
+      "milliseconds": {mode: 1e3 * value for mode, value in seconds[head].items()},
+      "megabytes": {mode: count / 1e6 for mode, count in moved.items()},
+      "bandwidth_share": {mode: moved[mode] / seconds[head][mode] / bandwidth for mode in MODES},
+      "speedup_over_dense": {mode: seconds[head]["dense"] / value for mode, value in seconds[head].items()},
+      "ideal": {mode: moved["dense"] / count for mode, count in moved.items()},
+    }
+  del params, steps, read
+  jax.clear_caches()
+  return result
+
+
+def transformers_seconds(name: str, layers: int, tokens: int, dtype: str) -> float:
+  """Least seconds of a decoded token by transformers, embedding and head included."""
+  import torch
+  from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
+
+  from benchmarks.constructed import KNOWN, POOL, pool
+  from tsparse.models.config import PRESETS
+
+  ours = PRESETS[KNOWN[name].preset]
+  fields = {
+    "vocab_size": ours.vocab_size, "hidden_size": ours.d_model, "intermediate_size": ours.d_ff,
+    "num_hidden_layers": layers, "num_attention_heads": ours.num_heads, "num_key_value_heads": ours.num_kv_heads,
+  }  # fmt: skip
+  config = (MixtralConfig if ours.num_experts else MistralConfig)(**fields)
+  with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+  model = model.to_empty(device="cpu").eval()
+  values = torch.from_numpy(pool().astype(np.float32) * 0.02).to(getattr(torch, dtype))
+  for parameter in model.parameters():
+    flat = parameter.data.view(-1)
+    for start in range(0, len(flat), POOL):
+      flat[start : start + POOL] = values[: len(flat) - start]
+  rotary = model.model.rotary_emb
+  rotary.inv_freq = torch.ones_like(rotary.inv_freq)
+  best, cache, token = float("inf"), None, torch.tensor([[1]])
+  with torch.inference_mode():
+    for i in range(tokens + 1):
+      taken, out = clock(lambda: model(token, past_key_values=cache, use_cache=True))  # noqa: B023
+      cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+      best = min(best, taken) if i else best
+  return best
+
+
+def print_table(result: dict[str, Any], peers: dict[str, float]):
+  """One shape, for a reader."""
+  print(
+    f"{result['shape']} x {result['layers']} layers, bfloat16, batch 1, {result['tokens']} tokens in turns, "
+    f"memory {result['bandwidth_gb_per_s']:.1f} GB/s"
+  )
+  print(f"{'':22}{'ms':>9}{'MB':>9}{'of memory':>11}{'speedup':>9}{'ideal':>7}{'of ideal':>10}{'target':>8}")
+  for key, title in (("layers_only", "layers alone"), ("with_head", "with embedding, head")):
+    part = result[key]
+    print(title)
+    for mode in MODES:
+      speedup, ideal = part["speedup_over_dense"][mode], part["ideal"][mode]
+      print(
+        f"  {mode:20}{part['milliseconds'][mode]:9.1f}{part['megabytes'][mode]:9.0f}"
+        f"{part['bandwidth_share'][mode]:11.2f}{speedup:9.2f}{ideal:7.2f}{speedup / ideal:10.2f}{TARGETS[mode]:8.2f}"
+      )
+  for peer, value in peers.items():
+    print(f"  {peer:20}{1e3 * value:9.1f}{'':20}{result['with_head']['milliseconds']['dense'] / 1e3 / value:9.2f}")
+
+
+def free_bytes() -> int:
+  """Memory that is available now."""
+  lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+  return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def main():
+  """Measures, prints the tables, writes the JSON."""
+  from benchmarks.constructed import KNOWN
+  from tsparse.models.config import PRESETS, parameter_counts
+  from tsparse.sparse.kernels import build
+
+  names = ["mistral"] if QUICK.value else SHAPES.value
+  if set(names) - set(KNOWN):
+    raise UserError(f"--shapes={','.join(names)}: choose of {', '.join(KNOWN)}.")
+  if not build.available():
+    raise UserError("this benchmark is of the native kernels, and they cannot be built here.")
+  tokens = 8 if QUICK.value else TOKENS.value
+  results, peers = [], {}
+  for name in names:
+    shape = KNOWN[name]
+    config = dataclasses.replace(PRESETS[shape.preset], num_layers=1)
+    predictors = max(1, config.num_experts) * shape.rank * (config.d_model + config.d_ff)
+    one = 2 * (sum(parameter_counts(config).values()) - 2 * config.vocab_size * config.d_model + predictors)
+    fit = max(1, min(PRESETS[shape.preset].num_layers, free_bytes() // 4 // one))
+    layers = 1 if QUICK.value else LAYERS.value or fit
+    results.append(measure(name, layers, tokens))
+    peers[name] = {}
+    for dtype in ("bfloat16", "float32") if PEERS.value else ():
+      if free_bytes() > (2 if dtype == "bfloat16" else 4) * one / 2 * layers * 1.2:
+        peers[name][f"transformers {dtype}"] = transformers_seconds(name, layers, min(tokens, 16), dtype)
+    print_table(results[-1], peers[name])
+  first = results[0]["with_head"]
+  fields = {key: first[key] for key in ("speedup_over_dense", "ideal", "bandwidth_share")}
+  if JSON.value:
+    Path(JSON.value).write_text(files.to_json({**fields, "peers": peers, "targets": TARGETS, "results": results}))
+
+
+if __name__ == "__main__":
+  cli.script(main, __doc__)

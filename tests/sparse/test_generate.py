@@ -1,0 +1,165 @@
+"""Generation as a user meets it: tokens against transformers, text that streams, the command."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.convert.test_huggingface import CASES, save_huggingface
+from tests.test_run import run
+from tsparse.convert.convert import convert
+from tsparse.convert.model import open_model
+from tsparse.errors import UserError
+from tsparse.models.config import PRESETS
+from tsparse.models.transformer import Transformer, init_parameters
+from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, best_kernels, complete, load, sparse_mode, stream
+from tsparse.sparse.layout import arrange, leaves_of
+from tsparse.sparse.sample import Sampling, choose, filtered
+from tsparse.sparse.text import Stream, chatml, encode_prompt, load_tokenizer, stop_tokens
+
+FAMILIES = ("llama_yarn", "mistral", "qwen2", "olmoe", "gemma2", "mixtral", "qwen2_moe")
+PROMPTS = [[3, 14, 15, 92, 65, 35, 8, 9, 79], [31, 41, 5]]
+
+
+def rows(decoder, prompts, count, sampling=GREEDY):
+  return np.stack(list(stream(decoder, prompts, count, sampling)), axis=1).tolist()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  config = dataclasses.replace(
+    PRESETS["tiny_moe"], num_layers=2, d_model=32, d_ff=64, head_dim=8, activation="drelu", max_seq_len=64
+  )
+  params = init_parameters(Transformer(config), jax.random.key(0))
+  return Decoder(config, arrange(config, leaves_of(params)), "off", best_kernels(), load_tokenizer("bytes"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+  import torch
+
+  theirs = save_huggingface(tmp_path, *CASES[name])
+  theirs.generation_config.eos_token_id = None
+  model = open_model(tmp_path)  # it has no tokenizer, which `load` would ask for
+  decoder = Decoder(model.config, arrange(model.config, model.leaves()[0]), "off", best_kernels())
+  want = [
+    theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+    for prompt in PROMPTS
+  ]
+  assert rows(decoder, PROMPTS, 12) == [row.tolist() for row in want]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny):
+  sampling = Sampling(temperature=1.0, top_k=50, seed=3)
+  together = rows(tiny, PROMPTS, 10, sampling)
+  assert rows(tiny, [PROMPTS[0], [7] * 20], 10, sampling)[0] == together[0]
+  assert rows(tiny, PROMPTS[:1], 10, sampling)[0] == together[0]
+  assert rows(tiny, PROMPTS, 10, dataclasses.replace(sampling, seed=4)) != together
+
+
+def test_a_long_prompt_goes_through_in_pieces(tiny, monkeypatch):
+  prompts = [list(range(3, 43)), PROMPTS[1]]
+  whole = rows(tiny, prompts, 8)
+  monkeypatch.setattr("tsparse.sparse.generate.PIECE", 16)
+  assert PIECE > 16 and rows(tiny, prompts, 8) == whole
+
+
+def test_exact_gives_the_tokens_of_dense_on_experts(tiny):
+  assert rows(dataclasses.replace(tiny, mode="exact"), PROMPTS, 20) == rows(tiny, PROMPTS, 20)
+
+
+def test_a_real_model_tells_its_story_and_loses_no_token_to_skipping(shared_data, tmp_path):
+  decoder = load(shared_data / "stories260k")
+  assert decoder.mode == "off"
+  tokenizer = decoder.tokenizer
+  story = tokenizer.decode(rows(decoder, [[tokenizer.bos]], 60)[0])
+  assert story.startswith(
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+  )
+  convert(shared_data / "stories260k", tmp_path / "ours", "tsparse", activation="drelu", console=Console(quiet=True))
+  decoder = load(tmp_path / "ours", dtype="bfloat16")
+  prompts = [[tokenizer.bos, *decoder.tokenizer.encode(text)] for text in ("Once upon a time", "The dog")]
+  assert decoder.mode == "exact" and decoder.params["layers"][0]["neurons"].gate.dtype == "bfloat16"
+  assert rows(decoder, prompts, 100) == rows(dataclasses.replace(decoder, mode="off"), prompts, 100)
+
+
+def test_filters_keep_what_those_of_transformers_keep():
+  import torch
+  from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+  logits = 3 * jax.random.normal(jax.random.key(0), (4, 50))
+  for sampling in (Sampling(0.7, 9), Sampling(1.3, 0, 0.8), Sampling(1.0, 0, 1.0, 0.1), Sampling(0.9, 20, 0.9, 0.05)):
+    theirs = TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(np.array(logits)))
+    theirs = TopKLogitsWarper(sampling.top_k)(None, theirs) if sampling.top_k else theirs
+    theirs = TopPLogitsWarper(sampling.top_p)(None, theirs) if sampling.top_p < 1 else theirs
+    theirs = MinPLogitsWarper(sampling.min_p)(None, theirs) if sampling.min_p else theirs
+    ours = np.asarray(filtered(sampling, logits))
+    assert 0 < np.isinf(ours).sum() < ours.size
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
+
+
+def test_draws_follow_the_probabilities():
+  logits = np.log(np.tile(np.array([[0.6, 0.3, 0.1]], np.float32), (5000, 1)))
+  counts = np.bincount(choose(Sampling(temperature=1.0), logits, 0), minlength=3)
+  np.testing.assert_allclose(counts / 5000, [0.6, 0.3, 0.1], atol=0.03)
+  assert choose(Sampling(), logits, 0).tolist() == [0] * 5000
+
+
+def test_text_is_shown_once_it_is_certain():
+  tokenizer = load_tokenizer("bytes")
+  text = Stream(tokenizer, tokenizer.encode("x"), ["END"])
+  shown = [text.add(token) for token in tokenizer.encode("aé EN END")]
+  assert shown == ["a", "", "é", " ", "", "", "EN ", "", "", ""] and text.stopped and text.text == "aé EN "
+
+
+def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
+  (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+  tokenizer = dataclasses.replace(load_tokenizer("bytes"), table={"<|im_end|>": 300, "<stop>": 301})
+  assert stop_tokens(tokenizer, tmp_path, ["<stop>"], chat=True) == {1, 7, 9, 300, 301}
+  text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+  assert chatml("Hi", "Be brief.") == text
+  assert encode_prompt(tokenizer, "Hi", chat=True, system="Be brief.") == [0, *tokenizer.encode(text)]
+  with pytest.raises(UserError, match="no such token"):
+    stop_tokens(tokenizer, tmp_path, ["<nope>"], chat=False)
+
+
+def test_a_text_ends_where_the_context_or_the_request_does(tiny):
+  done = complete(tiny, ["a" * 60, "b"], Request(new_tokens=10, stop_tokens=()))
+  assert [(len(one.tokens), one.finish) for one in done] == [(3, "context"), (10, "length")]
+  with pytest.raises(UserError, match="context is 64"):
+    complete(tiny, ["b", "a" * 64], Request())
+
+
+def test_what_cannot_be_skipped_is_said():
+  dense, turbo = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], activation="drelu")
+  assert sparse_mode(dense, "auto") == "off" and sparse_mode(turbo, "auto") == "exact"
+  merged = dataclasses.replace(turbo, predictor_ranks=(4,) * 4, predictor_input="after_norm")
+  assert sparse_mode(merged, "auto") == "predictor"
+  for config, mode, sentence in (
+    (dense, "exact", "exactly zero nowhere"),
+    (turbo, "predictor", "holds no predictors"),
+    (turbo, "of", "unknown"),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      sparse_mode(config, mode)
+
+
+def test_the_command_streams_or_prints_json(shared_data):
+  model = f"--model={shared_data / 'stories260k'}"
+  done = run(model, "--prompt=Once upon a time", "--max_new_tokens=8", script="generate.py")
+  assert done.stdout == ", there was a little girl\n" and "8 tokens" in done.stderr, done.stderr
+  done = run(model, "--prompt=Once", "--prompt=The", "--max_new_tokens=4", "--json", script="generate.py")
+  fields = json.loads(done.stdout)
+  assert [len(one["tokens"]) for one in fields["completions"]] == [4, 4] and fields["sparse"] == "off"
+  for arguments, sentence in (
+    ([model], "--model and --prompt are needed"),
+    ([model, "--prompt= "], "the prompt is empty"),
+    ([model, "--prompt=a", "--sparse=exact"], "swiglu is exactly zero nowhere"),
+    ([model, "--prompt=a", "--top_p=0"], "top_p is 0.0"),
+    ([model, "--prompt=a", "--stop_token=<nope>"], "no such token"),
+  ):
+    done = run(*arguments, script="generate.py")
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

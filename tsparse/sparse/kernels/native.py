@@ -1,0 +1,87 @@
+"""The kernels of kernels.cc as JAX functions: those of reference.py, for CPUs. `build.available` loads them.
+
+They run on one device. Where arrays are sharded, wrap a call in `jax.shard_map`: jit would gather them around it.
+"""
+
+import ctypes
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsparse.activations import Activation
+from tsparse.sparse.kernels import reference
+from tsparse.sparse.kernels.reference import MODES, Neurons, Predictor
+
+Array = jax.Array
+HANDLERS = ("tsparse_linear", "tsparse_feed_forward", "tsparse_attend", "tsparse_read")
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "relu", "relu2", "drelu", "shifted_relu", "fatrelu")  # as kernels.cc
+# Instruction sets; the best that the machine has, up to the level given, is used.
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+BEST = LEVELS["avx512"]
+
+
+def load(path: Path):
+  """Makes the functions of a compiled library known to XLA."""
+  shared = ctypes.CDLL(str(path))
+  for name in HANDLERS:
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(shared, name)), platform="cpu")
+
+
+def _call(name: str, shape: tuple[int, ...], *args: Array, level: int, **attributes) -> Array:
+  out = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.ffi.ffi_call(name, out)(*args, level=np.int64(level), **attributes)
+
+
+def linear(x: Array, w: Array, level: int = BEST) -> Array:
+  """See reference.linear."""
+  return _call("tsparse_linear", (x.shape[0], w.shape[0]), x, w, level=level)
+
+
+def feed_forward(
+  mode: str,
+  activation: Activation,
+  x: Array,
+  chosen: Array,
+  weights: Array,
+  neurons: Neurons,
+  predictor: Predictor | None = None,
+  level: int = BEST,
+) -> Array:
+  """See reference.feed_forward. The results of "exact" are those of "off", bit for bit, if all weights are finite."""
+  name, _, parameter = activation.name.partition(":")
+  extra = () if predictor is None else (predictor.x, predictor.fc1, predictor.fc2)
+  return _call(
+    "tsparse_feed_forward",
+    x.shape,
+    *(x, chosen, weights, *neurons, *extra),
+    level=level,
+    activation=np.int64(ACTIVATIONS.index(name)),
+    parameter=np.float32(parameter or 0),
+    mode=np.int64(MODES.index(mode)),
+  )
+
+
+def attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  positions: Array,
+  window: int,
+  scale: float,
+  cap: float = 0.0,
+  level: int = BEST,
+) -> Array:
+  """See reference.attend, which takes over for more than one query of a row (T > 1)."""
+  if query.shape[1] > 1:
+    return reference.attend(query, key, value, positions, window, scale, cap)
+  args = query[:, 0], key, value, positions[:, 0]
+  attributes = {"window": np.int64(window), "scale": np.float32(scale), "cap": np.float32(cap)}
+  return _call("tsparse_attend", args[0].shape, *args, level=level, **attributes)[:, None]
+
+
+def read(data: Array, level: int = BEST) -> Array:
+  """[1] uint32 of no meaning: reads all of `data` once, which is what a benchmark measures the bandwidth by."""
+  out = jax.ShapeDtypeStruct((1,), jnp.uint32)
+  return jax.ffi.ffi_call("tsparse_read", out)(data, level=np.int64(level))

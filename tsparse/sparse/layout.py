@@ -1,0 +1,97 @@
+"""Parameters as decoding reads them: a layer at a time, every matrix in rows that one output is the product of.
+
+    embed [V, D] · final_norm [D] · head [V, D] (absent when tied) · layers, one dict for each:
+    attention_norm, ffn_norm [D] · attention_post_norm, ffn_post_norm [D]                              with post_norms
+    qkv [(N + 2K) H, D] · out [D, N H] · qkv_bias [(N + 2K) H] · query_norm [N H], key_norm [K H]
+    neurons: gate, up, down [E, F, D], so that a neuron is three rows; E is 1 where there are no experts
+    router [D, E] · shared: neurons as of one expert · shared_gate [D]                                 with experts
+    fc1 [E, R, D], fc2 [E, F, R]                                                                       with predictors
+
+Matrices keep the dtype they are stored in or get the one asked for; norms, biases and routers are float32. A layer is
+read, turned and placed before the next is read, so that a stored model is never in memory twice.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from tsparse.convert.leaf import Leaf, contiguous
+from tsparse.models.config import ModelConfig
+from tsparse.sharding import path_name
+from tsparse.sparse.kernels.reference import Neurons
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def leaves_of(params: Any) -> dict[str, Leaf]:
+  """A tree of parameters (models/transformer.py) as leaves, for `arrange`."""
+
+  def leaf(array: Any) -> Leaf:
+    return Leaf(array.shape, np.dtype(array.dtype), 0, lambda _: np.asarray(array))
+
+  return {path_name(path): leaf(array) for path, array in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def arrange(config: ModelConfig, leaves: Mapping[str, Leaf], dtype: str = "") -> dict[str, Any]:
+  """The parameters of a model in the layout of this module, on the default device.
+
+  Args:
+    config: the model.
+    leaves: path -> parameter, as models/transformer.py names them.
+    dtype: of the matrices, a key of DTYPES; "" is that of each leaf.
+  """
+
+  def vector(name: str, *index: int) -> jax.Array:
+    return jax.device_put(leaves[name].at(index).astype(np.float32).reshape(-1))
+
+  def matrix(array: np.ndarray) -> jax.Array:
+    return jax.device_put(contiguous(array.astype(DTYPES[dtype], copy=False) if dtype else array))
+
+  def turned(array: np.ndarray) -> np.ndarray:  # [..., in, out] -> [..., out, in]
+    return np.swapaxes(array, -1, -2)
+
+  def neurons(prefix: str, layer: int) -> Neurons:
+    gate, up, down = (leaves[f"{prefix}/{name}"].at((layer,)) for name in Neurons._fields)
+    parts = (part if part.ndim == 3 else part[None] for part in (turned(gate), turned(up), down))
+    return Neurons(*map(matrix, parts))
+
+  def layer_of(stack: str, index: int) -> dict[str, Any]:
+    def rows(name: str) -> np.ndarray:  # [D, heads, H] -> [heads H, D]
+      return turned(leaves[f"{stack}/attention/{name}"].at((index,)).reshape(config.d_model, -1))
+
+    norms = ("attention_norm", "ffn_norm", *(("attention_post_norm", "ffn_post_norm") if config.post_norms else ()))
+    layer = {name: vector(f"{stack}/{name}", index) for name in norms}
+    layer["qkv"] = matrix(np.concatenate([rows("query"), rows("key"), rows("value")]))
+    layer["out"] = matrix(turned(leaves[f"{stack}/attention/out"].at((index,)).reshape(-1, config.d_model)))
+    if config.attention_bias:
+      biases = [vector(f"{stack}/attention/{name}_bias", index) for name in ("query", "key", "value")]
+      layer["qkv_bias"] = jax.numpy.concatenate(biases)
+    if config.qk_norm:
+      layer |= {name: vector(f"{stack}/attention/{name}", index) for name in ("query_norm", "key_norm")}
+    layer["neurons"] = neurons(f"{stack}/ffn", index)
+    if f"{stack}/ffn/router" in leaves:
+      layer["router"] = jax.device_put(leaves[f"{stack}/ffn/router"].at((index,)).astype(np.float32))
+    if f"{stack}/ffn/shared/gate" in leaves:
+      layer["shared"] = neurons(f"{stack}/ffn/shared", index)
+    if f"{stack}/ffn/shared_gate" in leaves:
+      layer["shared_gate"] = vector(f"{stack}/ffn/shared_gate", index)
+    if config.predictor_ranks:
+      rank = config.predictor_ranks[index]  # shorter ones are stacked with zeros behind them
+      fc1, fc2 = (leaves[f"{stack}/ffn/predictor/{name}"].at((index,)) for name in ("fc1", "fc2"))
+      for name, part in (("fc1", turned(fc1[..., :rank])), ("fc2", turned(fc2[..., :rank, :]))):
+        layer[name] = matrix(part if part.ndim == 3 else part[None])
+    return layer
+
+  first = config.dense_layers
+  params = {
+    "embed": matrix(leaves["embed"].at(())),
+    "final_norm": vector("final_norm"),
+    "layers": [layer_of("first", i) for i in range(first)]
+    + [layer_of("layers", i) for i in range(config.num_layers - first)],
+  }
+  if not config.tie_embeddings:
+    params["head"] = matrix(turned(leaves["head"].at(())))
+  return params

@@ -1,0 +1,103 @@
+"""Text around generation: the tokenizer without TensorFlow, ChatML, what ends a text, and text as it streams."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
+from tsparse.errors import UserError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+HALF = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+  """The tokenizer of a vocabulary as `tsparse.data.load_vocabulary` names them, with the same ids."""
+  if name != "bytes":
+    return build_tokenizer(read_tokenizer(name))
+
+  def decode(ids: Sequence[int]) -> str:
+    return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", "replace")
+
+  def encode(text: str) -> list[int]:
+    return [byte + 3 for byte in text.encode()]
+
+  return Tokenizer("bytes", "bytes", encode, decode, table={}, bos=0, eos=1, unk=2)
+
+
+def chatml(prompt: str, system: str = "") -> str:
+  """One turn of a user as ChatML, up to where the answer begins."""
+  turns = ([("system", system)] if system else []) + [("user", prompt)]
+  return "".join(f"{IM_START}{role}\n{text}{IM_END}\n" for role, text in turns) + f"{IM_START}assistant\n"
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool = False, system: str = "") -> list[int]:
+  """BOS and the prompt; a chat of a tokenizer without a BOS of its own begins with its first turn.
+
+  Raises:
+    UserError: the prompt is empty.
+  """
+  if not prompt.strip():
+    raise UserError("the prompt is empty: give some text to go on from.")
+  ids = tokenizer.encode(chatml(prompt, system) if chat else prompt)
+  return ids if chat and tokenizer.bos == tokenizer.eos else [tokenizer.bos, *ids]
+
+
+def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: bool) -> set[int]:
+  """The ids that end a text: EOS, those of the model's generation_config.json, and the tokens called `names`.
+
+  Raises:
+    UserError: the tokenizer has no such token, or generation_config.json is damaged.
+  """
+  unknown = [name for name in names if name not in tokenizer.table]
+  if unknown:
+    raise UserError(
+      f"--stop_token={unknown[0]}: the tokenizer {tokenizer.path} has no such token; text that is several tokens is "
+      "given as --stop."
+    )
+  names = [*names, IM_END] if chat and IM_END in tokenizer.table else names
+  path = folder / "generation_config.json"
+  try:
+    listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+  except (OSError, ValueError, AttributeError) as error:
+    raise UserError(f"{path} cannot be read ({error}): fetch it again, or take it away.") from None
+  listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+  return {tokenizer.eos, *listed, *(tokenizer.table[name] for name in names)}
+
+
+class Stream:
+  """The text of one row as its tokens come.
+
+  Attributes:
+    text: all of it so far, without the stop string that ended it.
+    stopped: whether a stop string came.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]):
+    self.text, self.stopped = "", False
+    self._decode, self._stops, self._ids, self._given = tokenizer.decode, stops, list(prompt), 0
+    self._before = len(self._decode(self._ids))
+
+  def add(self, token: int) -> str:
+    """Takes a token; returns the text that is certain by now and was not returned before."""
+    self._ids.append(token)
+    self.text = self._decode(self._ids)[self._before :]
+    found = [at for at in (self.text.find(stop) for stop in self._stops) if at >= 0]
+    if found:
+      self.text, self.stopped = self.text[: min(found)], True
+      return self.rest()
+    return self._upto(len(self.text) - self._doubtful())
+
+  def rest(self) -> str:
+    """What `add` still held back, at the end."""
+    return self._upto(len(self.text))
+
+  def _upto(self, end: int) -> str:
+    start, self._given = self._given, max(self._given, end)
+    return self.text[start : self._given]
+
+  def _doubtful(self) -> int:
+    """Characters at the end that may yet change: half a character, or the beginning of a stop string."""
+    halves = len(self.text) - len(self.text.rstrip(HALF))
+    begun = [n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+    return max([halves, *begun])

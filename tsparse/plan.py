@@ -95,8 +95,12 @@ def roofline(config: ml_collections.ConfigDict, chip: topology.Chip, facts: dict
   return {**parts, "overlapped": max(parts.values()), "one_after_another": sum(parts.values())}
 
 
-def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, console: Console) -> dict[str, Any]:
+def plan(
+  config: ml_collections.ConfigDict, name: str, zero_fraction: float, console: Console, compiling: bool = True
+) -> dict[str, Any]:
   """Everything that is known of `config` on the topology `name`, as it is written to JSON.
+
+  With `compiling` off, or for TPUs where libtpu is not installed, memory is estimated.
 
   Raises:
     UserError: the topology is unknown, or the config cannot run on it at all.
@@ -106,6 +110,8 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
     raise UserError(f"--zero_fraction={zero_fraction}: it is a share, 0 to 1.")
   kind, _ = topology.parse(name)
   devices, compilable = topology.devices(name)
+  missing = "" if compilable else "libtpu is not installed (pip install -r requirements-tpu.txt)"
+  why = missing if compiling else "--nocompile"  # there is only an estimate
   mesh = sharding.make_mesh(config.mesh, devices)
   platform = "tpu" if kind in topology.CHIPS else kind
   estimate = check_step(config, mesh, platform)
@@ -123,12 +129,12 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
     "zero_fraction": zero_fraction,
     "flops": training_flops(model, tokens, settings.seq_len, zero_fraction, platform),
     "memory": {"estimate": estimate, "chip": chip and chip.memory},
-    "source": "compiler" if compilable else "estimate: libtpu is not installed (pip install -r requirements-tpu.txt)",
+    "source": f"estimate: {why}" if why else "compiler",
     "definitions": {
       "memory": MEMORY_DEFINITION, "flops": FLOPS_DEFINITION, "collectives": DEFINITION, "roofline": ROOFLINE_DEFINITION
     },
   }  # fmt: skip
-  if compilable:
+  if not why:
     title = f"compiling {config.name} for {name} ({len(devices)} chips), 1 to 3 minutes"
     console.print(title, highlight=False)
     with console.status("compiling"):
@@ -139,8 +145,8 @@ def plan(config: ml_collections.ConfigDict, name: str, zero_fraction: float, con
     result["collectives"] = compiled.get("collectives")
     result["fits"] = "out_of_memory" not in compiled if chip else None
   else:
-    result["fits"] = sum(estimate.values()) <= chip.memory
-  if chip and result["fits"] and compilable:
+    result["fits"] = sum(estimate.values()) <= chip.memory if chip else None
+  if chip and result["fits"] and not why:
     seconds = roofline(config, chip, result)
     result["roofline"] = seconds
     result["tokens_per_second"] = tokens / seconds["overlapped"]
@@ -188,10 +194,10 @@ def rows(result: dict[str, Any], remat: str) -> list[tuple[str, str]]:
   return [*lines, ("source", result["source"]), ("fits", verdict or f"no: {reason}; {advice(result, remat)}")]
 
 
-def run(config: ml_collections.ConfigDict, name: str, zero_fraction: float, out: Path):
+def run(config: ml_collections.ConfigDict, name: str, zero_fraction: float, out: Path, compiling: bool = True):
   """Plans, prints the table and writes the JSON file `out`."""
   console = Console()
-  result = plan(config, name, zero_fraction, console)
+  result = plan(config, name, zero_fraction, console, compiling)
   table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False, title_justify="left")
   for label, value in rows(result, config.model.remat):
     table.add_row(label, value)

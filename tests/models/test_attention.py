@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from tsparse import sharding
 from tsparse.models import attention as attention_module
-from tsparse.models.attention import Rule, attention, cuda_attention, tpu_attention, xla_attention
+from tsparse.models.attention import Rule, attention, cpu_attention, cuda_attention, tpu_attention, xla_attention
 from tsparse.train import topology
 
 
@@ -51,7 +51,7 @@ def test_a_query_sees_its_segment_its_window_and_nothing_after_it(window, scalar
   near(attention(query, key, value, segment_ids, window, scalar, cap), expected)
 
 
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
   ("shape", "rule"),
   [
     ((200, 4, 2, 24), Rule(0, 0.2, 0.0)),  # documents cross blocks, head_dim no multiple of 128, rows no multiple of it
@@ -59,6 +59,16 @@ def test_a_query_sees_its_segment_its_window_and_nothing_after_it(window, scalar
     ((256, 1, 1, 128), Rule(20, 0.1, 0.0)),
   ],
 )
+
+
+@SHAPES
+def test_blocks_of_queries_give_the_same(shape, rule):
+  args = operands(*shape)
+  blocks = jax.jit(functools.partial(outputs, functools.partial(cpu_attention, rule)))
+  jax.tree.map(near, blocks(*args), outputs(functools.partial(xla_attention, rule), *args))
+
+
+@SHAPES
 def test_the_kernel_for_tpu_interpreted_gives_the_same(shape, rule, monkeypatch):
   monkeypatch.setattr(attention_module, "TPU_BLOCK", 128)
   args = operands(*shape)

@@ -11,7 +11,8 @@ The lowering is chosen by the platform compiled for, which need not be the one a
               shorter than the row. Chosen by reading, never measured: cuDNN's, which jax.nn.dot_product_attention
               reaches, is said to be faster, but takes segments only as a mask [B, 1, T, T] and cannot even be traced,
               let alone tested, where cuDNN is not installed
-    others    the scores [B, N, T, T], by XLA: the oracle, and the fallback of the two above
+    cpu       blocks of queries, each against the keys that it may see at all: half of the scores, or less with a window
+    others    the scores [B, N, T, T], by XLA: the oracle, and the fallback of the first two
 
 On a mesh a kernel runs on each device's rows and heads. Where rows or heads do not divide (the single row of
 initialisation) the fallback runs. Rows are padded to whole blocks (a query of padding sees padding before it: finite
@@ -33,6 +34,7 @@ Array = jax.Array
 
 TPU_BLOCK = 512  # queries and keys of a block of splash attention, forward and backward; 128 is the least
 CUDA_BLOCK = 128  # of the Triton kernel, forward, which is the default there
+CPU_BLOCK, CPU_BLOCKS = 128, 8  # queries of a block at least, and blocks at most: each is a program of its own
 
 
 class Rule(NamedTuple):
@@ -114,7 +116,8 @@ def _by_platform(rule: Rule, make: Callable, query: Array, key: Array, *others: 
     for platform, kernel in {"tpu": tpu_attention, "cuda": cuda_attention}.items()
     if has_kernel(platform, rule, query.dtype) and _splits(query, key)
   }
-  return lax.platform_dependent(query, key, *others, **by_kernel, default=by_xla)
+  by_blocks = make(functools.partial(cpu_attention, rule))
+  return lax.platform_dependent(query, key, *others, **by_kernel, cpu=by_blocks, default=by_xla)
 
 
 def has_kernel(platform: str, rule: Rule, dtype: Any) -> bool:
@@ -157,6 +160,28 @@ def xla_attention(rule: Rule, query: Array, key: Array, value: Array, segment_id
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, time, heads, head_dim)
+
+
+def cpu_attention(rule: Rule, query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+  """`attention` by blocks of queries."""
+  batch, time, heads, head_dim = query.shape
+  # In the order in which CPUs multiply matrices: heads before rows.
+  query = query.reshape(batch, time, key.shape[2], -1, head_dim).transpose(0, 2, 1, 3, 4)  # [B, K, T, N/K, H]
+  key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
+  block, outs = max(CPU_BLOCK, -(-time // CPU_BLOCKS)), []
+  for first in range(0, time, block):
+    end = min(first + block, time)
+    start = max(0, first - rule.window + 1) if rule.window else 0  # of the keys
+    distance = jnp.arange(first, end)[:, None] - jnp.arange(start, end)  # [t, s]
+    near = (distance >= 0) & (distance < rule.window) if rule.window else distance >= 0
+    mask = near & (segment_ids[:, first:end, None] == segment_ids[:, None, start:end])  # [B, t, s]
+    rows = query[:, :, first:end]  # [B, K, t, N/K, H]
+    scores = jnp.einsum("bktgh,bksh->bktgs", rows, key[:, :, start:end], preferred_element_type=jnp.float32)
+    scores = softcap(scores * rule.scale, rule.cap)
+    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(rows.dtype)
+    outs.append(jnp.einsum("bktgs,bksh->bktgh", weights, value[:, :, start:end]))
+  return jnp.concatenate(outs, axis=2).swapaxes(1, 2).reshape(batch, time, heads, head_dim)
 
 
 def tpu_attention(

@@ -150,7 +150,7 @@ def test_all_that_is_missing_is_told_at_once_with_where_to_get_it(root, monkeypa
   for source in TURBOSPARSE_150B:
     there = source.name in ("github_code", "starcoder_java")
     assert (f"{source.name} (not at {root}/{source.name}" in sentence) != there and (source.get in sentence) != there
-  assert "pg19:0.1.1 in" in sentence and "allow_missing=true" in sentence and "\n" not in sentence
+  assert "tfds/pg19/0.1.1" in sentence and "allow_missing=true" in sentence and "\n" not in sentence
   data.allow_missing = True
   check_data(data, 259)
   line = describe(data_settings(data))

@@ -185,6 +185,7 @@ def test_a_dataset_of_tfds_is_read_where_there_are_no_files(tmp_path, monkeypatc
   import tensorflow_datasets as tfds
 
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  monkeypatch.setenv("TSPARSE_CACHE", str(tmp_path / "cache"))
   texts = [f"book {i} " + "z" * i for i in range(30)]
   tfds.dataset_builders.store_as_tfds_dataset(
     name="pg19",
@@ -197,4 +198,5 @@ def test_a_dataset_of_tfds_is_read_where_there_are_no_files(tmp_path, monkeypatc
   check_data(data, 259)
   batch = next(train_iterator(data, seq_len=700, batch_size=2, seed=0))
   assert {d.decode() for d in documents_of([batch])} <= set(texts)
+  assert len(list((tmp_path / "cache").glob("*.texts"))) == 2
   assert evaluation_batches(data, seq_len=64, batch_size=2, max_tokens=10**5).documents == 30

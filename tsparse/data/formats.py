@@ -3,7 +3,8 @@
   .jsonl      a JSON object on each line, the text in one of its fields         read where it lies
               (or in several: a conversation, see `chat`)
   .txt        the whole file is one document                                    read where it lies
-  .jsonl.gz, .jsonl.zst, .parquet (the text in a column), and any of these in a bucket: unpacked once, see `sources`
+  .jsonl.gz, .jsonl.zst, .parquet (the text in a column), any of these in a bucket, and splits of TensorFlow Datasets,
+  tfds://NAME:VERSION/SPLIT (the text in a feature): unpacked once, see `sources`
 
 pyarrow and zstandard are imported when the first such file is met.
 """
@@ -11,8 +12,10 @@ pyarrow and zstandard are imported when the first such file is met.
 import contextlib
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
@@ -25,6 +28,7 @@ IN_PLACE = (".jsonl", ".txt")
 PACKED = (".jsonl.gz", ".jsonl.zst", ".parquet")
 SUFFIXES = IN_PLACE + PACKED
 LISTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+TFDS = "tfds://"
 ROWS = 256  # of a .parquet file that are decoded at once
 
 
@@ -59,17 +63,26 @@ def open_bytes(path: str):
   return path_of(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
+def tfds_folder(path: str) -> Path:
+  """Where TFDS keeps, or would keep, the dataset of tfds://NAME:VERSION/SPLIT; TFDS is not imported."""
+  root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+  return root.joinpath(*path.removeprefix(TFDS).split("/")[0].split(":"))
+
+
 def read_items(path: str, field: str | Chat) -> Iterator[Item]:
   """Every document of a file, one after the other, in memory that only the largest decides.
 
   Args:
-    path: ends in one of SUFFIXES.
+    path: ends in one of SUFFIXES, or begins with TFDS.
     field: of each line or row that holds the text; or how its conversation is read.
 
   Raises:
     OSError: the file cannot be read.
     UserError: it is damaged, or of another kind than its name says.
   """
+  if path.startswith(TFDS):
+    yield from _tfds(path, field)
+    return
   with open_bytes(path) as f:
     if path.endswith(".txt") and isinstance(field, Chat):
       raise UserError(f"{path} is plain text and conversations are asked for: name files of another format.")
@@ -159,6 +172,16 @@ def _parquet(f, path: str, field: str) -> Iterator[Item]:
         else:
           data = text.to_pybytes()
           yield Item(0, len(data), _checked(data, f"Row {row} of {path}"))
+
+
+def _tfds(path: str, field: str) -> Iterator[Item]:
+  load_tensorflow()
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_from_directory(tfds_folder(path))  # reads what was built; nothing is downloaded
+  config = tfds.ReadConfig(try_autocache=False)
+  for number, row in enumerate(tfds.as_numpy(builder.as_dataset(split=path.split("/")[-1], read_config=config))):
+    yield Item(0, len(row[field]), _checked(row[field], f"Document {number} of {path}"))
 
 
 def _checked(data: bytes, place: str) -> bytes | UserError:

@@ -186,7 +186,7 @@ def train_iterator(
   }
   for source, split in chosen:
     key = "data.train" if len(chosen) == 1 else f"source {source.name}"
-    content = source.documents[split].fingerprint() if source.documents else source.task or source.tfds[0]
+    content = source.documents[split].fingerprint() if source.documents else source.task
     fingerprint[key] = content if len(chosen) == 1 else f"{source.weight:.9g} of {content}"
   bos = load_tokenizer(data.vocabulary).bos
   lanes = {}

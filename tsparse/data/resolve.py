@@ -16,7 +16,7 @@ import numpy as np
 from tsparse.data import stdlib, tasks
 from tsparse.data.chat import PREFIX, Chat, has_markers
 from tsparse.data.encoding import load_tokenizer
-from tsparse.data.formats import LISTED, SUFFIXES, is_remote, path_of
+from tsparse.data.formats import LISTED, SUFFIXES, TFDS, is_remote, path_of, tfds_folder
 from tsparse.data.mixtures import MIXTURES, Declared
 from tsparse.data.settings import DataSettings
 from tsparse.data.sources import Documents, documents_of, held_out_splits
@@ -32,8 +32,7 @@ class Source:
     weight: share of the tokens; those of a mixture add up to 1.
     category: of the source, or "".
     documents: {split: documents} of files; empty for a seqio task.
-    task: name of a seqio task, or "" for files.
-    tfds: (NAME:VERSION, feature) of a TFDS dataset, or None.
+    task: name of a seqio task, or "" for files (and TFDS, which is unpacked into one).
     chat: whether documents are conversations.
     whole: whether it is a file or folder that is a D by itself: all of it is evaluated on, and trained on where the
       held-out text is elsewhere. A source of a mixture always keeps its splits apart.
@@ -44,15 +43,12 @@ class Source:
   category: str = ""
   documents: Mapping[str, Documents] = dataclasses.field(default_factory=dict)
   task: str = ""
-  tfds: tuple[str, str] | None = None
   chat: bool = False
   whole: bool = False
 
   def splits(self) -> list[str]:
     """What it can be asked for."""
-    if self.documents:
-      return list(self.documents)
-    return tasks.splits(self.task) if self.task else ["train", "validation"]
+    return list(self.documents) if self.documents else tasks.splits(self.task)
 
 
 class Missing(UserError):
@@ -267,11 +263,13 @@ def _declared(source: Declared, data: DataSettings) -> Source:
       held_out = documents_of(str(root / source.validation), data, field)
       splits = {"train": splits["all"], "validation": held_out}
     return Source(source.name, category=source.category, documents=splits, chat=chat)
-  if source.tfds and tasks.tfds_is_built(source.tfds):
-    return Source(source.name, category=source.category, tfds=(source.tfds, source.field))
+  tfds = f"{TFDS}{source.tfds}" if source.tfds else ""
+  if tfds and (tfds_folder(tfds) / "dataset_info.json").exists():
+    splits = {split: documents_of(f"{tfds}/{split}", data, source.field) for split in ("train", "validation")}
+    return Source(source.name, category=source.category, documents=splits)
   place = f"{root / files}" if root is not None else f"{files} of config.data.root, which is not set"
-  if source.tfds:
-    place += f" and as {source.tfds} in {tasks.tfds_folder()}"
+  if tfds:
+    place += f" and as {tfds_folder(tfds)}"
   raise Missing(source.name, place, f"get {source.get}")
 
 
@@ -279,8 +277,6 @@ def seqio_task(source: Source, vocabulary: str):
   """The seqio task of a source; UserError where one of the user's has other features or another vocabulary."""
   if source.task:
     return tasks.user_task(source.task, vocabulary)
-  if source.tfds:
-    return tasks.tfds_task(*source.tfds, vocabulary)
   title = source.name if source.name.isidentifier() else "files"  # seqio's names are of letters, digits, _ and .
   return tasks.files_task(title, source.documents, vocabulary, source.chat)
 

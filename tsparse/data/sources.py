@@ -2,10 +2,11 @@
 
 A folder is all files under it that are of a known format (`formats`). `.jsonl` and `.txt` files are read where they
 lie, so only the index (24 bytes a document) is in memory, and the position in the data is a number. Compressed and
-columnar files, and files in a bucket, have no cheap access by number: the validating pass writes their texts, end to
-end, into one file of the cache folder, and says so. That costs their unpacked size on disk, once, and keeps one way of
-reading, one order and one position for all formats. The index of a large file is kept there too. Both belong to the
-file's size and modification time: a file that changes is read anew at the next start, and is an error while it is read.
+columnar files, files in a bucket and datasets of TFDS have no cheap access by number: the validating pass writes their
+texts, end to end, into one file of the cache folder, and says so. That costs their unpacked size on disk, once, and
+keeps one way of reading, one order and one position for all formats. The index of a large file is kept there too. Both
+belong to the file's size and modification time: a file that changes is read anew at the next start, and is an error
+while it is read.
 """
 
 import array
@@ -126,7 +127,8 @@ def read_documents(path: str, field: str | Chat = "text", skip_bad: int = 0, cac
   if not formats.is_remote(path):
     path = os.path.abspath(os.path.expanduser(path))
   try:
-    files = _files_under(path) if formats.path_of(path).is_dir() else [path]
+    folder = not path.startswith(formats.TFDS) and formats.path_of(path).is_dir()
+    files = _files_under(path) if folder else [path]
     states = [_stat(file) for file in files]
   except OSError as e:
     name = e.filename or path
@@ -143,6 +145,8 @@ def documents_of(path: str, data: DataSettings, field: str | Chat = "") -> Docum
 
 
 def _stat(file: str) -> tuple[int, int]:
+  if file.startswith(formats.TFDS):
+    return _state(os.stat(formats.tfds_folder(file) / "dataset_info.json"))
   if not formats.is_remote(file):
     return _state(os.stat(file))
   stat = formats.path_of(file).stat()

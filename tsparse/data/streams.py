@@ -99,7 +99,8 @@ class FileStream:
 class TaskStream:
   """Documents of a seqio task, in seqio's order of the shard `lane` of `lanes`.
 
-  The position is that of tf.data's iterator: kilobytes to megabytes, as large as the task's shuffle buffers.
+  The position is that of tf.data's iterator with all that its shuffle and prefetch buffers hold, megabytes for each
+  lane: 4 to 6 MB were measured on 300 documents of 4 KB. Documents in files have three numbers instead.
   """
 
   def __init__(

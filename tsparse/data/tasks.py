@@ -1,15 +1,13 @@
-"""seqio: tasks and mixtures of the user's, datasets of TFDS, and our own sources as seqio tasks.
+"""seqio: tasks and mixtures of the user's, and our own sources as seqio tasks.
 
 A task has an int32 feature `targets`, ending in EOS, that holds the whole text to predict, and may have `loss_mask` of
 the same length: 1 where the target counts in the loss.
 """
 
 import functools
-import os
 import sys
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -71,27 +69,30 @@ def user_task(name: str, vocabulary: str):
   return found
 
 
-def tfds_folder() -> Path:
-  """Where TFDS keeps what it has built."""
-  return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def tfds_is_built(name: str) -> bool:
-  """Whether NAME:VERSION is there to be read; TFDS is not imported for it."""
-  return (tfds_folder() / name.replace(":", "/") / "dataset_info.json").exists()
-
-
-def tfds_task(name: str, field: str, vocabulary: str):
-  """The seqio task of a TFDS dataset NAME:VERSION whose feature `field` is the text."""
-  seqio, _ = load_tensorflow()
-  source = seqio.TfdsDataSource(tfds_name=name, tfds_data_dir=str(tfds_folder()))
-  return _task(f"tfds.{_digest(name + field)}", source, lambda example: example[field], vocabulary)
-
-
 def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str, chat: bool = False):
-  """The seqio task of documents (or conversations) of ours: what seqio's own tools (caching, evaluation) read."""
+  """The seqio task of documents (or conversations) of ours: what seqio's own tools (caching, evaluation) read.
+
+  Registered on first use, under a name unique to its content and the vocabulary.
+  """
+  seqio, tf = load_tensorflow()
   content = "".join(f"{split} {part.files} {part.fingerprint()}" for split, part in documents.items())
-  return _task(f"{name}.{_digest(content)}", lambda: _source(documents), lambda text: text, vocabulary, chat)
+  name = f"{PREFIX}{name}.{_digest(content + tokenizer_digest(vocabulary))}"
+  if name not in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.add(
+      name,
+      source=_source(documents),
+      preprocessors=[_conversations(vocabulary)]
+      if chat
+      else [
+        lambda ds: ds.map(lambda text: {"targets": text}),
+        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+        seqio.preprocessors.append_eos,
+      ],
+      output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)}
+      | ({"loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32)} if chat else {}),
+      shuffle_buffer_size=1,  # the source shuffles all documents; a buffer of texts here would only swell saved states
+    )
+  return seqio.TaskRegistry.get(name)
 
 
 def mixture(title: str, rates: list[tuple[str, float]]):
@@ -106,30 +107,6 @@ def mixture(title: str, rates: list[tuple[str, float]]):
     sample = functools.partial(load_tensorflow()[1].data.Dataset.sample_from_datasets, stop_on_empty_dataset=False)
     seqio.MixtureRegistry.add(name, rates, sample_fn=sample)
   return seqio.MixtureRegistry.get(name)
-
-
-def _task(title: str, source, text_of, vocabulary: str, chat: bool = False):
-  """The task, registered on first use under a name unique to its content and the vocabulary."""
-  seqio, tf = load_tensorflow()
-  name = f"{PREFIX}{title}.{_digest(tokenizer_digest(vocabulary))}"
-  if name not in seqio.TaskRegistry.names():
-    seqio.TaskRegistry.add(
-      name,
-      source=source() if callable(source) else source,
-      preprocessors=[_conversations(vocabulary)]
-      if chat
-      else [
-        lambda ds: ds.map(lambda example: {"targets": text_of(example)}),
-        functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-        seqio.preprocessors.append_eos,
-      ],
-      output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)}
-      | ({"loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32)} if chat else {}),
-      # Our source shuffles all documents, TFDS did when it built its files, which are shuffled each epoch: a buffer of
-      # texts here would only swell saved states.
-      shuffle_buffer_size=1,
-    )
-  return seqio.TaskRegistry.get(name)
 
 
 def _conversations(vocabulary: str):

@@ -130,7 +130,6 @@ def test_the_test_data_has_its_statistics_in_a_table_a_plot_and_json(shared_data
 
 
 def test_the_list_says_what_is_there_and_how_to_get_the_rest(tmp_path):
-  write(tmp_path / "dolma_pes2o.jsonl", ["x"])
   (tmp_path / "dolma_pes2o").mkdir()
   done = data("--mixture=turbosparse_150b", f"--root={tmp_path}", "list")
   lines = " ".join(done.stdout.split())

@@ -5,7 +5,7 @@ Exit codes: 0 done, or stopped by SIGTERM with everything saved; 2 bad input (on
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -14,20 +14,20 @@ from tsparse.errors import RunFailure, Stopped, UserError
 from tsparse.workdir import flatten
 
 
-def script(main: Callable[[], None], description: str):
+def script(main: Callable[..., None], description: str, words: Sequence[str] = ()):
   """Parses the flags of a script, runs `main` and exits.
 
   Args:
     main: does the work; flags are parsed when it is called. It may raise UserError (exit 2), RunFailure (exit 1) or
-      Stopped (its own).
+      Stopped (its own). It is given the word of `words`, where there are any.
     description: what `--help` prints above the flags.
+    words: one of which must stand among the flags.
   """
   if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
     print(f"{description.strip()}\n\nflags:{flags.FLAGS.module_help(sys.argv[0])}")
     sys.exit(0)
   try:
-    parse(sys.argv)
-    main()
+    main(*parse(sys.argv, words))
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -42,8 +42,12 @@ def script(main: Callable[[], None], description: str):
     sys.exit(130)
 
 
-def parse(argv: list[str]):
-  """Parses `argv` into absl's flags; UserError for an unknown flag, config file or field, or a wrong type."""
+def parse(argv: list[str], words: Sequence[str] = ()) -> list[str]:
+  """Parses `argv` into absl's flags and returns the one of `words` in it, [] where there are none.
+
+  Raises:
+    UserError: an unknown flag, config file, field or word, or a wrong type.
+  """
   joined = "\n".join(argv).replace("--config\n", "--config=").split("\n")  # `--config X` is `--config=X`
   for name in (argument.partition("=")[2] for argument in joined if argument.startswith("--config=")):
     file = Path(name.partition(":")[0])
@@ -61,8 +65,13 @@ def parse(argv: list[str]):
     raise UserError(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}") from None
   except Exception as error:  # a config file is a program of the user's: anything may come out of it
     raise UserError(f"the config cannot be loaded ({type(error).__name__}: {error}).") from None
-  if positional:
+  if words and (len(positional) != 1 or positional[0] not in words):
+    raise UserError(
+      f"{' '.join(positional) or 'nothing'} is not one of {', '.join(words)}: give one, beside the flags."
+    )
+  if positional and not words:
     raise UserError(f"arguments {positional} were not expected: flags are written --name=value.")
+  return positional
 
 
 def unknown_field(argv: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from tsparse.data import (
 from tsparse.data.mixtures import MIXTURES, TURBOSPARSE_150B
 from tsparse.data.resolve import parse_mixture
 from tsparse.errors import UserError
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def write(path, texts, field="text"):
@@ -212,3 +216,8 @@ def test_the_stories_mixture_of_the_test_data(shared_data):
     assert account["share"] == pytest.approx(account["target"], abs=0.05)
   held_out = evaluation_by_source(data, seq_len=256, batch_size=4, max_tokens=20_000)
   assert set(held_out) == {source.name for source in MIXTURES["stories_mixture"]} - {"wikitext"}  # one document
+
+
+def test_the_document_has_the_declared_sources_in_its_table():
+  rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\d.]+) % \| `(\w+)` \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
+  assert rows == [(s.name, s.category, f"{s.weight:.2f}", s.field, s.get) for s in TURBOSPARSE_150B]

@@ -57,6 +57,7 @@ class Missing(UserError):
   def __init__(self, name: str, place: str, get: str):
     super().__init__(f"Cannot read {name}: No such file or folder at {place}; {get}.")
     self.line = f"{name} (not at {place}; {get})"
+    self.get = get
 
 
 def training(data: DataSettings) -> list[tuple[Source, str]]:
@@ -214,14 +215,20 @@ def resolve(name: str, data: DataSettings, missing: list[str] | None = None) -> 
   if name in tasks.registered():
     return [Source(task, rate, task=task) for task, rate in tasks.members(name)]
   chat = name.startswith(PREFIX)
-  path = _path(name.removeprefix(PREFIX), data)
+  path = path_under(name.removeprefix(PREFIX), data)
   if path is not None:
     documents = documents_of(path, data, _chat(data) if chat else "")
     return [Source(name, documents=held_out_splits(documents), chat=chat, whole=True)]
+  raise unknown(name)
+
+
+def unknown(name: str) -> UserError:
+  """The sentence for a D that is nothing."""
+  declared = [d.name for mixture in MIXTURES.values() for d in mixture]
   known = [*MIXTURES, *stdlib.TASKS, *tasks.registered(), *declared]
   nearest = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-  raise UserError(
+  return UserError(
     f"Unknown data {name!r}: {hint}name a {LISTED} file, a folder of them, {PREFIX}FILE for conversations, or a task "
     f"or mixture ({', '.join(known)})."
   )
@@ -237,7 +244,7 @@ def _stdlib(task: str, data: DataSettings) -> Source:
   return Source(task, category=stdlib.CATEGORIES[task], documents=documents)
 
 
-def _path(name: str, data: DataSettings) -> str | None:
+def path_under(name: str, data: DataSettings) -> str | None:
   """Where the file or folder of D is, by itself or under the root; None where it is no file.
 
   Raises:
@@ -252,25 +259,36 @@ def _path(name: str, data: DataSettings) -> str | None:
   return None
 
 
-def _declared(source: Declared, data: DataSettings) -> Source:
-  """A source of a mixture, by itself; Missing where it is not there."""
+def place_of(source: Declared, data: DataSettings) -> str:
+  """Path of the files of a source of a mixture, or tfds://NAME:VERSION of the dataset that is read in their place.
+
+  Raises:
+    Missing: neither is there.
+  """
   root = path_of(data.root) if data.root else None
-  files, chat = source.files or source.name, source.format == "chat"
-  field = _chat(data) if chat else source.field
+  files = source.files or source.name
   if root is not None and (root / files).exists():
-    splits = held_out_splits(documents_of(str(root / files), data, field))
-    if source.validation and (root / source.validation).exists():
-      held_out = documents_of(str(root / source.validation), data, field)
-      splits = {"train": splits["all"], "validation": held_out}
-    return Source(source.name, category=source.category, documents=splits, chat=chat)
+    return str(root / files)
   tfds = f"{TFDS}{source.tfds}" if source.tfds else ""
   if tfds and (tfds_folder(tfds) / "dataset_info.json").exists():
-    splits = {split: documents_of(f"{tfds}/{split}", data, source.field) for split in ("train", "validation")}
-    return Source(source.name, category=source.category, documents=splits)
+    return tfds
   place = f"{root / files}" if root is not None else f"{files} of config.data.root, which is not set"
   if tfds:
     place += f" and as {tfds_folder(tfds)}"
   raise Missing(source.name, place, f"get {source.get}")
+
+
+def _declared(source: Declared, data: DataSettings) -> Source:
+  """A source of a mixture, by itself; Missing where it is not there."""
+  place, chat = place_of(source, data), source.format == "chat"
+  if place.startswith(TFDS):
+    splits = {split: documents_of(f"{place}/{split}", data, source.field) for split in ("train", "validation")}
+    return Source(source.name, category=source.category, documents=splits)
+  field = _chat(data) if chat else source.field
+  splits = held_out_splits(documents_of(place, data, field))
+  if source.validation and (held_out := path_of(data.root) / source.validation).exists():
+    splits = {"train": splits["all"], "validation": documents_of(str(held_out), data, field)}
+  return Source(source.name, category=source.category, documents=splits, chat=chat)
 
 
 def seqio_task(source: Source, vocabulary: str):

@@ -20,6 +20,7 @@ from flax import struct
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
+from tsparse.models.loss import scored
 from tsparse.models.transformer import FeedForward, Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
 
@@ -120,7 +121,7 @@ def probe(
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
     part = Probed(
       float(nll),
-      int((batch["segment_ids"] > 0).sum()),
+      int(scored(batch).sum()),
       {kind: counts for kind, (counts, _, _) in found.items()},
       {kind: sums for kind, (_, _, sums) in found.items()},
     )
@@ -150,8 +151,8 @@ def _batch_sums(model, observe, params, batch, settings):
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   probes = {kind: _Probe(of_kind, observe) for kind, of_kind in by_kind(settings, model.config).items()}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):
-    nll, _, found = token_losses(model, params, batch, probes)
-  return replicate((jnp.sum(nll, where=batch["segment_ids"] > 0), found))
+    nll, _, found, _ = token_losses(model, params, batch, probes)
+  return replicate((jnp.sum(nll, where=scored(batch)), found))
 
 
 def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:

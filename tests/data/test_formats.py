@@ -100,11 +100,11 @@ def test_batches_are_the_same_from_every_format(tmp_path):
   ("name", "content", "message"),
   [
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-20], "a.jsonl.gz is damaged"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999, mtime=0)[:-20], "a.jsonl.gz is damaged"),
     ("a.jsonl.zst", b"no zstd", "a.jsonl.zst is damaged"),
     ("a.parquet", b"no parquet", "a.parquet is damaged"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"\n'), "a.jsonl.gz:2 is not JSON"),
-    ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz holds no text"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"\n', mtime=0), "a.jsonl.gz:2 is not JSON"),
+    ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz holds no text"),
     ("a.txt", b"\xff", "a.txt is not UTF-8 at byte 0"),
   ],
 )
@@ -132,7 +132,7 @@ def test_a_column_that_is_no_text_is_named(tmp_path):
 def test_so_many_malformed_lines_are_left_out_and_counted(suffix, tmp_path, caplog):
   lines = b'{"text": "a"}\nno json\n{"body": 1}\n\n{"text": "b"}\n{"text": "\xff"}\n'
   path = tmp_path / f"d{suffix}"
-  path.write_bytes(gzip.compress(lines) if suffix.endswith("gz") else lines)
+  path.write_bytes(gzip.compress(lines, mtime=0) if suffix.endswith("gz") else lines)
   documents = read_documents(str(path), skip_bad=3)
   assert texts_of(documents) == ["a", "b"] and (documents.bad, documents.skipped) == (3, 1)
   assert "1 blank lines or empty documents and 3 malformed lines of 6" in caplog.text

@@ -174,6 +174,11 @@ class Side:
     except (EOFError, BrokenPipeError):
       raise RunFailure("one side ended, and says above why.") from None
 
+  def close(self):
+    """Ends the process."""
+    self._connection.send(None)
+    self._process.join()
+
 
 def measure(size: str, experts: int, sides: dict[str, Side]) -> dict[str, Any]:
   """One row of the table: both sides on one model, step by step in turns."""
@@ -215,6 +220,8 @@ def main():
     model_of(size, EXPERTS.value, REMAT.value)  # a UserError comes before anything is started
   sides = {"ours": Side(ours), "theirs": Side(theirs)}
   rows = [measure(size, experts, sides) for size in SIZE.value for experts in (0, EXPERTS.value)]
+  for side in sides.values():
+    side.close()
   print(f"float32, {THREADS.value} threads each, remat {REMAT.value}; tokens/s of the fastest of {REPEATS.value} steps")
   print(f"{'':12}{'torch':>9}{'tsparse':>9}{'ratio':>7}{'cores':>7}{'limit':>9}  size")
   for row in rows:

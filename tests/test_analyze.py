@@ -134,7 +134,7 @@ def test_only_a_part_of_the_text_is_said(small, tmp_path):
     ({"data": "nothing.jsonl"}, "Cannot read"),
     ({"data": "nothing"}, "Unknown data 'nothing'"),
     ({"data": "{tmp}/empty.jsonl"}, "holds no text"),
-    ({"data": "{tmp}/folder"}, "holds no .jsonl or .txt file"),
+    ({"data": "{tmp}/folder"}, "holds no .jsonl, .txt"),
     ({"out": "{tmp}/folder/.."}, "is in use"),
     ({"out": "{tmp}/empty.jsonl"}, "is in use"),
     ({"out": "/dev/null/here"}, "cannot be"),

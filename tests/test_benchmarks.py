@@ -97,3 +97,21 @@ def test_the_break_even_of_skipping_is_measured(tmp_path):
   rows = compiled("break_even.py", "--preset=tiny", "--repeats=1", out=tmp_path / "rows.json")["rows"]
   assert len(rows) == 24 and all(row["ratio"] > 0 for row in rows)
   assert rows[0]["bytes"] == 1 and rows[-4]["bytes"] < 0.5
+
+
+def test_the_benchmark_of_data_runs_and_says_which_peers_are_missing(tmp_path):
+  sentencepiece = pytest.importorskip("sentencepiece")
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  lines = [f"{i} bottles of beer on the wall, {i} bottles of beer" for i in range(100)]
+  (texts / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines), model_prefix=f"{tmp_path}/small", vocab_size=36, minloglevel=2
+  )
+  sizes = [f"--files={texts}", f"--vocabulary={tmp_path}/small.model", "--repeats=1", "--seq_len=64", "--processes=1"]
+  done, rows = run("data.py", *sizes, out=tmp_path / "data.json")
+  assert [row["reader"] for row in rows] == ["tsparse", "datasets", "grain"] and rows[0]["ratio"] == 1
+  missing = [row for row in rows if not row["installed"]]
+  assert done.stdout.count("not installed: requirements-bench.txt") == len(missing)
+  tokens = [row["tokens"] for row in rows if row["installed"]]
+  assert min(tokens) > 0.8 * max(tokens) > 800  # the same text; the peers drop or pad its end

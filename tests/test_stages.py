@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import bamboo, mistral_drelu_sft, tiny_drelu, tiny_relufy
+from configs import bamboo, mistral_drelu_sft, repeat, tiny_drelu, tiny_relufy
 from tests import test_experiment
 from tests.test_experiment import quiet, small
 from tsparse import experiment
@@ -145,6 +145,10 @@ def test_a_run_in_phases_on_conversations_resumes_and_reports_each(text, tmp_pat
   tables = json.loads((once / "report" / "summary.json").read_text())["tables"]
   shown = next(table for table in tables if table["title"] == "What training drew from each source")
   assert [row[0] for row in shown["rows"]] == ["main", "sft", "last", "last"]
+
+  # the record is enough to repeat it
+  repeated = stages_of(repeat.get_config(str(once)), once)
+  assert [stage.config.to_dict() for stage in repeated] == [s.config.to_dict() for s in stages_of(config(), once)]
 
   # the order of the phases belongs to the record of the experiment
   other = config()

@@ -79,6 +79,8 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict 
 def phase_names(config: ml_collections.ConfigDict) -> list[str]:
   """The phases that are run, in their order; UserError where one is not stated, or named twice."""
   phases = config.get("phases", {})
+  if not isinstance(phases.get("order", ""), str):
+    raise UserError(f"config.phases.order is {phases.order!r}: write the names in one text, 'one,two'.")
   names = [name.strip() for name in phases.get("order", "").split(",") if name.strip()]
   for name in names:
     known = ", ".join(sorted(key for key in phases if key != "order")) or "none"

@@ -213,7 +213,7 @@ def test_everything_an_analysis_can_have_is_shown(written):
   assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
   drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
   assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"
-  assert "Not a reproduction" in page and "1.1M parameters, 2.05M tokens seen" in page
+  assert "Not a reproduction" in page and "1.05M parameters, 2.05M tokens seen" in page
   for term, text in CASES["full"]["definitions"].items():
     assert f"<dt>{term.replace('_', ' ')}</dt>" in page, text
 

@@ -34,21 +34,24 @@ def tables(models: list[dict]) -> list[PaperTable]:
   two = [[act, PAPER, f"{loss:.3f}", "", f"{ppl:.2f}"] for act, (loss, ppl) in TABLE_2.items()]
   three = [[act, PAPER, *map(shown, perplexities)] for act, perplexities in TABLE_3.items()]
   for m in models:
-    zeros, ours = m["zero_fraction"]["mean"], f"{m['name']}, {m['parameters']['total'] / 1e6:,.1f}M"
+    zeros, ours = m["zero_fraction"]["mean"], f"{m['name']}, {m['parameters']['total'] / 1e6:,.2f}M"
     one.append([m["name"], m["activation"], ours, "not finite" if zeros is None else f"{zeros:.1%}"])
     held_out = "not finite" if m["loss"] is None else f"{m['loss']:.3f}"
     two.append([m["activation"], ours, "", held_out, shown(m["perplexity"])])
     points = {0.0: m["perplexity"]} | {round(p["sparsity"], 6): p["perplexity"] for p in m["curve"]}
     three.append([m["activation"], ours, *(shown(points[level]) if level in points else "" for level in LEVELS)])
   levels = ["0"] + [f"{level:.0%}" for level in LEVELS[1:]]
-  note = _not_a_reproduction(models)
+  same = "Not a reproduction: see under Table 1."
   return [
     PaperTable(
       "The paper's Table 1: sparsity of existing models",
       ["model", "activation", "source", "FFN sparsity"],
       one,
       "paper_1",
-      ("Zeros here are exact zeros of the hidden; how the paper counts SwiGLU's 40% is not stated. " + note,),
+      (
+        _not_a_reproduction(models),
+        "Zeros here are exact zeros of the hidden; how the paper counts SwiGLU's 40% is not stated.",
+      ),
     ),
     PaperTable(
       "The paper's Table 2: dReLU against SwiGLU, trained from scratch",
@@ -56,8 +59,8 @@ def tables(models: list[dict]) -> list[PaperTable]:
       two,
       "paper_2",
       (
-        "The paper validates on WikiText-2 and prints no held-out loss; the loss of training here is in WORKDIR. "
-        + note,
+        f"{same} The paper validates on WikiText-2 and prints no held-out loss; the loss of training here is in the "
+        "metrics.jsonl of its workdir.",
       ),
     ),
     PaperTable(
@@ -65,7 +68,7 @@ def tables(models: list[dict]) -> list[PaperTable]:
       ["activation", "source", *levels],
       three,
       "paper_3",
-      (note,),
+      (same,),
     ),
   ]
 
@@ -76,7 +79,7 @@ def _not_a_reproduction(models: list[dict]) -> str:
   for m in models:
     tokens = m.get("trained_tokens")
     trained = f"{tokens / 1e6:,.2f}M tokens seen" if tokens else "tokens seen unknown"
-    used.append(f"{m['name']} has {m['parameters']['total'] / 1e6:,.1f}M parameters, {trained}")
+    used.append(f"{m['name']} has {m['parameters']['total'] / 1e6:,.2f}M parameters, {trained}")
   data = ", ".join(dict.fromkeys(m["data"] for m in models))
   return (
     f"Not a reproduction: the paper's models have 300M parameters and saw 5B tokens of fineweb; {'; '.join(used)}; "

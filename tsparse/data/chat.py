@@ -159,6 +159,8 @@ class ChatEncoder:
     self._eos, self._size = encoder.eos, encoder.size
     self._first = dataclasses.replace(encoder, encode=self._ordinary, eos=None, own_space=False)
     self._further = dataclasses.replace(self._first, encode=self._after)
+    self._before = list(tokenizer.encode(BEFORE))
+    self._newline = self._ordinary("\n") if self._ids else self._after("\n")
 
   def open(self, text: str) -> Conversation:
     """A conversation from what `Chat.text_of` made of it."""
@@ -183,16 +185,17 @@ class ChatEncoder:
       begin = conversation.ends[number - 1] if number else 0
       if end == begin:
         add([self._ids[START]] if self._ids else [], False)
-        encoder = self._first if self._ids or number == 0 else self._further
+      encoder = self._first if end == begin and (self._ids or number == 0) else self._further
+      if end == begin and scored:
         opening, said, place = self._opened(encoder, header, body)
         add(opening, False)
       else:
-        said, _, place = self._further.piece(header + body, end - begin)
+        said, _, place = encoder.piece(header + body, end - begin)
       add(said, scored)
       end = begin + place
       if place == len(header) + len(body):
         add([self._ids[END]] if self._ids else [], scored)
-        add(self._ordinary("\n") if self._ids else self._after("\n"), False)
+        add(self._newline, False)
         end += 1
     if end == len(conversation) and self._eos is not None:
       add([self._eos], False)
@@ -217,5 +220,5 @@ class ChatEncoder:
     return sum(map(self._continued, INSIDE.split(text) if self._ids else [text]), [])
 
   def _continued(self, text: str) -> list[int]:
-    before, whole = list(self._tokens_of(BEFORE)), list(self._tokens_of(BEFORE + text))
-    return whole[len(before) :] if whole[: len(before)] == before else list(self._tokens_of(text))
+    whole, size = list(self._tokens_of(BEFORE + text)), len(self._before)
+    return whole[size:] if whole[:size] == self._before else list(self._tokens_of(text))

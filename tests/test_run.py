@@ -61,7 +61,8 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
     (["--config=configs/repeat.py:/tmp"], "holds no model"),
     (["--config=configs/relufy.py:/tmp"], "holds no model"),
     (["--config=configs/tiny_drelu.py", "--config.activation=dreul"], "Did you mean 'drelu'"),
-    (["--config=configs/mixtral_drelu.py"], "try --config=configs/tiny_moe_drelu.py"),
+    (["--config=configs/mixtral_drelu.py"], "covers 8 devices and there are 1"),
+    (["--config=configs/mixtral_drelu.py", "--config.mesh.expert=1"], "try --config=configs/tiny_moe_drelu.py"),
   ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):

@@ -37,7 +37,11 @@ def check_sections(config: ml_collections.ConfigDict):
 
 def check(config: ml_collections.ConfigDict):
   """Raises UserError for everything about `config` that can be known to be wrong before memory is allocated."""
-  mesh = sharding.make_mesh(config.mesh)
+  try:
+    mesh = sharding.make_mesh(config.mesh)
+  except UserError as error:
+    hint = f" For this machine try --config={config.smaller}." if config.smaller else ""
+    raise UserError(f"{error}{hint}") from None
   platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
   needed = check_step(config, mesh, platform)
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)

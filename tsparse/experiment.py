@@ -161,9 +161,17 @@ def analyze_stages(
   text = f"{text_name(config.data)} (held out)"
   analysis = analyze_cases(
     [
-      Case(name, stored, dataclasses.replace(model, activation=activation(act).name), held_out, text, levels, by_source)
+      Case(
+        name,
+        stored,
+        dataclasses.replace(model, activation=activation(act).name),
+        held_out,
+        text,
+        levels,
+        by_source=by_source,
+      )
       for name, stored, act, levels in cases
-    ],
+    ],  # fmt: skip
     mesh,
     console,
   )

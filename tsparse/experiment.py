@@ -171,7 +171,7 @@ def analyze_stages(
         by_source=by_source,
       )
       for name, stored, act, levels in cases
-    ],  # fmt: skip
+    ],
     mesh,
     console,
   )

@@ -2,7 +2,8 @@
 
   python experiments/run.py --config=configs/tiny_drelu.py
 
-2 CPU cores, 2 minutes: loss 1.780 (SwiGLU: 1.778), perplexity 5.93, 88.6 % zeros after 0.92M tokens.
+2 CPU cores, 2 minutes: 88.6 % zeros after 0.92M tokens, loss 1.780 where SwiGLU had 1.778 (both before documents were
+weighed by their tokens; not run again since).
 """
 
 from configs import tiny_swiglu

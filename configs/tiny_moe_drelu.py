@@ -3,7 +3,7 @@
   python experiments/run.py --config=configs/tiny_moe_drelu.py
 
 2 CPU cores, 4 minutes with --config.model.moe_impl=dense: perplexity 6.84, 83.2 % zeros in the experts after
-0.61M tokens.
+0.61M tokens (before documents were weighed by their tokens; not run again since).
 """
 
 from configs import default

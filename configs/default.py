@@ -29,6 +29,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.data.text_field = "text"  # of the lines of .jsonl and the columns of .parquet files
   config.data.skip_bad = 0  # so many malformed lines are left out and counted; one more is an error
   config.data.cache = ""  # folder for what is unpacked and indexed, or "" for $TSPARSE_CACHE or ~/.cache/tsparse
+  config.data.cached = ""  # folder that seqio_cache_tasks wrote: its tokens are trained on (docs/data.md), or ""
   config.data.lanes = 8  # independent readers of a batch, which they divide: no more hosts than lanes read their own
   config.data.vocabulary = "bytes"  # or a SentencePiece .model, a tokenizer.json, or a folder with one
   config.data.eos = True  # documents end with its end-of-text token, to be predicted like the others

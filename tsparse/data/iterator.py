@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tsparse.data import resolve
+from tsparse.data import resolve, tasks
 from tsparse.data.accounting import pack, unpack
 from tsparse.data.chat import ChatEncoder
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
@@ -51,8 +51,8 @@ def check_data(data: Any, model_vocab_size: int):
     if not source.documents:
       resolve.seqio_task(source, data.vocabulary)
   for source, split in resolve.training(data):
-    if not source.documents:  # of a task only its documents tell whether it works
-      stream = TaskStream(resolve.seqio_task(source, data.vocabulary), split, None, 0, 0, data.lanes)
+    if not source.documents or data.cached:  # of a task only its documents tell whether it works
+      stream = _task_stream(source, split, data, 0, 0, data.lanes)
       stream.next_piece()
       stream.state()
   resolve.check_disjoint(data)
@@ -184,6 +184,8 @@ def train_iterator(
     "batch_size": batch_size,
     "seed": seed,
   }
+  if data.cached:
+    fingerprint["data.cached"] = True  # the order of the documents is another
   for source, split in chosen:
     key = "data.train" if len(chosen) == 1 else f"source {source.name}"
     content = source.documents[split].fingerprint() if source.documents else source.task
@@ -223,16 +225,25 @@ def _mixer(
   streams: list[Stream] = []
   lengths = []
   for number, (source, split) in enumerate(chosen):
-    if source.documents:
-      documents = source.documents[split]
-      streams.append(FileStream(documents, chat if source.chat else encoder, (seed, number), lane, lanes, epochs))
-      bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
-      lengths.append(min(documents.length.mean(), encoder.size) / bytes_per_token)
+    documents = source.documents.get(split)
+    if documents is None or data.cached:
+      streams.append(_task_stream(source, split, data, seed, lane, lanes, epochs))
     else:
-      task = resolve.seqio_task(source, data.vocabulary)
-      streams.append(TaskStream(task, split, None if data.eos else tokenizer.eos, seed, lane, lanes, epochs))
-      lengths.append(TASK_TOKENS)
+      streams.append(FileStream(documents, chat if source.chat else encoder, (seed, number), lane, lanes, epochs))
+    bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
+    length = None if documents is None else min(documents.length.mean(), encoder.size) / bytes_per_token
+    lengths.append(length or TASK_TOKENS)
   return Mixer(streams, [source.weight for source, _ in chosen], lengths, (seed, lane))
+
+
+def _task_stream(
+  source: Source, split: str, data: DataSettings, seed: int, lane: int, lanes: int, epochs: int | None = None
+) -> TaskStream:
+  task = resolve.seqio_task(source, data.vocabulary)
+  if data.cached:
+    tasks.check_cached(task, data.cached)
+  without = None if data.eos else load_tokenizer(data.vocabulary).eos
+  return TaskStream(task, split, without, seed, lane, lanes, epochs, bool(data.cached))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +305,7 @@ def _evaluation_set(
   chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0
 ) -> EvaluationSet:
   documents, tokens, complete = [], 0, True
+  data = dataclasses.replace(data, cached="")  # few are read, and always the same ones
   whole = _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens)
   for tokens_of, mask in itertools.islice(whole, skip, None):
     complete = tokens + len(tokens_of) <= max_tokens

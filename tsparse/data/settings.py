@@ -19,6 +19,7 @@ class DataSettings:
     text_field: of .jsonl and .parquet files, unless a mixture says another.
     skip_bad: so many malformed lines of a D are left out and counted; one more is an error.
     cache: folder for unpacked files and indices; "" for TSPARSE_CACHE or ~/.cache/tsparse.
+    cached: folder of seqio's cache job, whose tokens are trained on in place of encoding the text; "" for none.
     lanes: S, how many independent readers make a batch.
     vocabulary: see `tsparse.data.tokenizer.load_tokenizer`.
     eos: whether documents end with an end-of-text token, to be predicted like the others.
@@ -32,6 +33,7 @@ class DataSettings:
   text_field: str = "text"
   skip_bad: int = 0
   cache: str = ""
+  cached: str = ""
   lanes: int = DEFAULT_LANES
   vocabulary: str = "bytes"
   eos: bool = True

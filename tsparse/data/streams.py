@@ -112,8 +112,10 @@ class TaskStream:
     lane: int,
     lanes: int,
     epochs: int | None = None,
+    cached: bool = False,
   ):
-    self._open: Callable[[], Any] = lambda: _iterate(task, split, seed, lane, lanes, epochs)
+    """`cached`: reads the tokens that seqio's cache job wrote, see `tasks.check_cached`."""
+    self._open: Callable[[], Any] = lambda: _iterate(task, split, seed, lane, lanes, epochs, cached)
     self._title, self._shard = f"The seqio task {task.name!r}: its", f"shard {lane} of {lanes}"
     self._endless = epochs is None
     self._without_eos = without_eos
@@ -177,11 +179,12 @@ class TaskStream:
     return self._iterator[0]
 
 
-def _iterate(task: Any, split: str, seed: int, lane: int, lanes: int, epochs: int | None):
+def _iterate(task: Any, split: str, seed: int, lane: int, lanes: int, epochs: int | None, cached: bool):
   seqio, tf = load_tensorflow()
   dataset = task.get_dataset(
     sequence_length=None,  # nothing is trimmed
     split=split,
+    use_cached=cached,
     shuffle=True,
     seed=seed,
     shard_info=seqio.ShardInfo(lane, lanes),

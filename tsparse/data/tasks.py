@@ -5,6 +5,7 @@ the same length: 1 where the target counts in the loss.
 """
 
 import functools
+import os
 import sys
 import zlib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from tsparse.data.vocabulary import load_vocabulary, same_vocabulary
 from tsparse.errors import UserError
 
 PREFIX = "tsparse."  # of our names in seqio's process-wide registry
+SHARD = 10_000  # documents that one worker of seqio's cache job encodes
 READ_AT_ONCE = 16  # documents per call into Python: a call costs about 0.2 ms, as much as ten reads
 
 
@@ -81,18 +83,32 @@ def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str, c
     seqio.TaskRegistry.add(
       name,
       source=_source(documents),
-      preprocessors=[_conversations(vocabulary)]
+      preprocessors=[_conversations(vocabulary), seqio.CacheDatasetPlaceholder()]
       if chat
       else [
         lambda ds: ds.map(lambda text: {"targets": text}),
         functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
         seqio.preprocessors.append_eos,
+        seqio.CacheDatasetPlaceholder(),
       ],
       output_features={"targets": seqio.Feature(load_vocabulary(vocabulary), dtype=tf.int32)}
       | ({"loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.int32)} if chat else {}),
       shuffle_buffer_size=1,  # the source shuffles all documents; a buffer of texts here would only swell saved states
     )
   return seqio.TaskRegistry.get(name)
+
+
+def check_cached(task, folder: str):
+  """Lets seqio look for cached tasks in `folder`, and raises UserError where `task` is not there."""
+  seqio, _ = load_tensorflow()
+  folder = os.path.expanduser(folder)
+  if folder not in seqio.get_global_cache_dirs():
+    seqio.add_global_cache_dirs([folder])
+  if not task.supports_caching or not task.cache_dir:
+    raise UserError(
+      f"The tokens of {task.name} are not in config.data.cached {folder}: let seqio_cache_tasks write them (again, if "
+      "the text or the vocabulary changed: the name says which), or leave config.data.cached empty."
+    )
 
 
 def mixture(title: str, rates: list[tuple[str, float]]):
@@ -138,7 +154,7 @@ def _source(splits: Mapping[str, Documents]):
     supports_arbitrary_sharding = True
 
     def list_shards(self, split):
-      return [file.path for file in splits[split].files]
+      return [str(number) for number in range(-(-len(splits[split]) // SHARD))]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_unused):
       documents = splits[split]

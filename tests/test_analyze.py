@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +90,8 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"here"}
   assert {path.name for path in out.iterdir()} == {
     "report.html", "analysis.json", "summary.json", "csv",
-    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png",
+    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png", "neuron_cdf.png", "union_zeros.png",
+    "union_speedup.png",
   }  # fmt: skip
   assert [curve["selection"] for curve in drelu["curves"]] == list(settings["selections"])
   assert relu["curves"][0]["points"] == relu["curve"] != relu["curves"][1]["points"]
@@ -177,12 +177,12 @@ def test_logits_that_are_not_finite_are_a_sentence_that_names_the_layer(small, t
 
 def test_thresholds_are_found_on_documents_that_are_not_evaluated(small, tmp_path):
   model, path = open_model(small[0]), save_texts(tmp_path / "texts.jsonl", TEXTS)
-  source = SimpleNamespace(train="", validation=str(path), vocabulary="bytes", eos=True)
+  source = DataSettings(train="", validation=str(path), vocabulary="bytes", eos=True)
   settings = {"seq_len": 64, "batch_size": 8}
   everything = evaluation_batches(source, max_tokens=10**6, **settings)
-  assert analysis_run._calibration(model, str(path), everything, settings) is None  # no others are left
+  assert analysis_run._calibration(model, source, everything, settings) is None  # no others are left
   text = evaluation_batches(source, max_tokens=500, **settings)
-  others = analysis_run._calibration(model, str(path), text, settings)
+  others = analysis_run._calibration(model, source, text, settings)
   assert others.documents + text.documents == everything.documents == 40
   assert others.tokens + text.tokens == everything.tokens
 

@@ -14,7 +14,7 @@ from tsparse.analysis import run as analysis_run
 from tsparse.analysis.run import parse_levels, unique_names
 from tsparse.convert.convert import convert
 from tsparse.convert.model import open_model
-from tsparse.data import bos_id, evaluation_batches, load_vocabulary
+from tsparse.data import DataSettings, bos_id, evaluation_batches, load_vocabulary
 from tsparse.errors import UserError
 
 TEXTS = [f"story {i}: " + "the cat sat. " * (i % 9) for i in range(40)]  # up to 118 bytes, of 64 positions

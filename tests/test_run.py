@@ -111,7 +111,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
   texts.mkdir()
   (texts / "a.jsonl").write_text("".join(f'{{"text": "{i} bottles of beer on the wall"}}\n' for i in range(100)))
   done = []
-  for line in readme_commands():
+  for line in dict.fromkeys(readme_commands()):
     words = [word.replace("runs/", f"{tmp_path}/runs/").replace("texts/", f"{texts}") for word in line.split()]
     script = Path(words[1]).name
     if script == "run.py":
@@ -120,6 +120,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
       words += ["--config.base.train.steps=6"] * (name == "tiny_relufy")
       words += ["--config.phases.code.tokens=1500"] * (name == "tiny_phases")
       words += [] if "--workdir" in line else [f"--workdir={tmp_path}/runs/{name}"]
+    words += ["--tokens=1000"] * (script == "analyze.py")
     if script == "plan.py":  # compiling for TPUs takes minutes: tests/test_plan.py does it once, on a small model
       words += [f"--out={tmp_path}/plan.json", *(["--nocompile"] if "cpu:" not in line else [])]
     result = run(*words[2:], script=script)

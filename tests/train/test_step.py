@@ -116,8 +116,10 @@ def test_losses_of_a_moe_do_not_depend_on_its_implementation_nor_on_the_mesh(imp
 
 COLLECTIVES = {
   "dense": {"all-gather": 47, "all-reduce": 71, "all-to-all": 2, "collective-permute": 1},
-  "ep_allgather": {"all-gather": 70, "all-reduce": 89, "reduce-scatter": 3, "collective-permute": 2},
-}
+  "ep_allgather": {
+    "all-gather": 66, "all-reduce": 82, "reduce-scatter": 3, "all-to-all": 2, "collective-permute": 1,
+  },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", COLLECTIVES)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tsparse.activations import activation
-from tsparse.models import layers, moe, rope
+from tsparse.models import layers, rope, router
 from tsparse.models.config import ModelConfig
 from tsparse.sparse.kernels import native, reference
 from tsparse.sparse.kernels.reference import Neurons, Predictor
@@ -139,7 +139,8 @@ def _feed_forward(
 
   alone = jnp.where(valid, 0, 1)[..., None], valid[..., None].astype(jnp.float32)
   if "router" in layer:
-    routed = moe.route(x, layer["router"], valid, config.experts_per_token, config.router_renormalize)
+    logits = router.router_logits(x, layer["router"])
+    routed = router.route(logits, valid, config.experts_per_token, config.router_renormalize)
   else:
     routed = alone
   predictor = None

@@ -16,7 +16,7 @@ from tsparse.data.settings import data_settings
 from tsparse.data.tensorflow import load_tensorflow
 from tsparse.errors import UserError
 
-BEAM_PYTHON = os.environ.get("TSPARSE_BEAM_PYTHON", sys.executable)  # of an environment with seqio[cache-tasks]
+BEAM_PYTHON = os.environ.get("TSPARSE_BEAM_PYTHON", sys.executable)  # of the environment of requirements-beam.txt
 
 
 def write_as_the_job_does(task, folder, shards=8):
@@ -63,7 +63,7 @@ def test_cached_and_uncached_give_the_same_examples(writer, jsonl, tmp_path):
   task = seqio_provider(jsonl, data_settings(plain))
   if writer == "beam":
     if subprocess.run([BEAM_PYTHON, "-c", "import apache_beam"], capture_output=True).returncode:
-      pytest.skip("Apache Beam is not installed: seqio[cache-tasks], and TSPARSE_BEAM_PYTHON for its Python")
+      pytest.skip("Apache Beam is not installed: requirements-beam.txt, and TSPARSE_BEAM_PYTHON for its Python")
     run_the_job(jsonl, folder, tmp_path)
   else:
     write_as_the_job_does(task, folder)

@@ -165,7 +165,7 @@ def measure(name: str) -> dict[str, Any]:
     positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
     rows = {"inputs": tokens[0], "targets": tokens[1], "segment_ids": ones, "positions": positions}
     batch = sharding.place(rows, mesh)
-    train_step = loop.compiled_step(run, config.train)
+    train_step = loop.compiled_step(run, config)
 
     def steps(count: int) -> float:
       nonlocal state

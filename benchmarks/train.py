@@ -101,7 +101,7 @@ def ours(config: Any, seq_len: int, batch_size: int, folder: Path) -> tuple[Call
   ones = np.ones_like(inputs)
   rows = {"inputs": inputs, "targets": targets, "segment_ids": ones, "positions": np.cumsum(ones, axis=1) - 1}
   batch = sharding.place({name: x.astype(np.int32) for name, x in rows.items()}, mesh)
-  train_step = loop.compiled_step(run, settings)
+  train_step = loop.compiled_step(run, experiment)
   left = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
   product = jax.jit(lambda x: x @ x)
 

@@ -8,14 +8,21 @@ from pathlib import Path
 
 import pytest
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Half of the suite is compilation: less optimised programs save a quarter of its time. A thread of a collective that
+# waits for another on a busy machine is not stuck for 40 seconds already.
+XLA = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), XLA, "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# What one test or command has compiled, the next of this session loads: half of a small run is compilation.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tsparse_compiled_")
+# What one test or command has compiled, the others of this session load, those of pytest-xdist's other workers too.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tsparse_compiled_")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(20 << 30)  # any limit makes JAX lock the folder
 
 # Of commands in subprocesses: one device.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}

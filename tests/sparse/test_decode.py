@@ -95,7 +95,7 @@ def test_skipping_zeros_changes_no_bit_of_the_logits(mode, name):
 
 
 def test_decoding_in_bfloat16_is_near_float32():
-  config = CONFIGS["turbosparse"]
+  config = CONFIGS["gemma"]  # without predictors or routers, whose decisions rounding turns over
   tokens = np.array(jax.random.randint(jax.random.key(2), (1, LENGTH), 0, config.vocab_size))
   exact = decoded(config, CASES[-1][0], "off", tokens, (PROMPT,))
   params, _ = model_of(config)

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tsparse import files
-from tsparse.analysis import charts, report
+from tsparse.analysis import charts, report, tables
 from tsparse.analysis.analyze import DEFINITIONS
 
 RUN = {
@@ -272,3 +272,10 @@ def test_unequal_training_is_said():
 def test_import_is_light():
   code = "import sys, tsparse.analysis.report; sys.exit(bool({'matplotlib', 'rich'} & set(sys.modules)))"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_union_in_which_nothing_fires_is_shown_too():
+  points = [{"size": 1, "zero_fraction": 1.0, "expected_speedup": None}]
+  (table,) = tables.unions([{"name": "dead", "union": {"batch": points}}])
+  assert table.rows == [["1", "100.0%", "∞"]]
+  assert charts.union_speedup([{"name": "dead", "union": {"batch": points}}])

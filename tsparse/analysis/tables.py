@@ -195,7 +195,7 @@ def unions(models: list[dict]) -> Iterator[Table]:
       row = [f"{size:,}"]
       for points in found.values():
         p = points.get(size)
-        row += [percent(p["zero_fraction"]), f"{p['expected_speedup']:.2f}×"] if p else ["", ""]
+        row += [percent(p["zero_fraction"]), times(p["expected_speedup"])] if p else ["", ""]
       rows.append(row)
     if rows:
       columns = ["tokens", *(heading for name in found for heading in (f"{name} zeros", "expected speedup"))]
@@ -314,6 +314,11 @@ def number(value) -> str:
 def percent(share) -> str:
   """A share with one decimal."""
   return "not finite" if share is None else f"{share:.1%}"
+
+
+def times(ratio) -> str:
+  """A speedup with two decimals; without end where nothing is read (null in the JSON)."""
+  return "∞" if ratio is None else f"{ratio:.2f}×"
 
 
 def _level(share: float) -> str:

@@ -1,11 +1,14 @@
 """What training and evaluation see of the data: int32 [B, T] numpy arrays, and a position that can be saved."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,7 +75,8 @@ def rows_per_lane(batch_size: int, lanes: int) -> int:
 class TrainIterator:
   """Endless training batches, dicts of int32 [B, T]: `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`.
 
-  Rows are full: see `tsparse.data.packing`. Only the lanes of `lanes` are read; the rows of the others are zeros.
+  Rows are full: see `tsparse.data.packing`. Only the lanes of `lanes` are read, each in a thread (tokenizers let go of
+  Python's lock); the rows of the others are zeros.
   """
 
   def __init__(self, lanes: dict[int, Lane], shape: tuple[int, int], rows: int, fingerprint: dict, sources: list[dict]):
@@ -82,18 +86,22 @@ class TrainIterator:
     self._fingerprint = fingerprint
     self._sources = sources
     self._filled = self._places = 0
+    self._threads = ThreadPoolExecutor(min(len(lanes), os.cpu_count() or 1), "lane") if len(lanes) > 1 else None
 
   def __iter__(self) -> "TrainIterator":
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = {key: np.zeros(self._shape, np.int32) for key in KEYS}
-    for number, lane in self._lanes.items():
+
+    def fill(number: int):
       for place in range(number * self._rows, (number + 1) * self._rows):
-        for key, values in lane.next_row().items():
+        for key, values in self._lanes[number].next_row().items():
           batch[key][place] = values
-        self._filled += int(np.count_nonzero(batch["segment_ids"][place]))
-        self._places += self._shape[1]
+
+    collections.deque((self._threads.map if self._threads else map)(fill, self._lanes), maxlen=0)
+    self._filled += int(np.count_nonzero(batch["segment_ids"]))
+    self._places += len(self._lanes) * self._rows * self._shape[1]
     return batch
 
   @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,8 +40,6 @@ class Saver:
     """Starts writing a checkpoint, as `checkpoint.save`; says so where it cannot."""
     self._settle()
     step, error = int(state.step), None
-    if self._failed:
-      self._close()  # opening removes what a thread wrote after the failure
     try:
       hosts.on_main(self._probe)
       self._open()
@@ -87,8 +86,7 @@ class Saver:
       self._failed = f"the checkpoint of step {step} could not be saved in {self._workdir} ({reason})."
       self._warn(f"{self._failed} Training goes on, and saves again at the next.")
       self._close()
-      with contextlib.suppress(Exception):
-        self._open()  # removes what was written, which takes room
+      hosts.on_main(self._clear)
 
   def _probe(self):
     """OSError where the folder cannot be written: found out before the hosts wait for each other in Orbax."""
@@ -97,6 +95,14 @@ class Saver:
     probe = folder / ".probe"
     probe.touch()
     probe.unlink()
+
+  def _clear(self):
+    """Removes what failed saves have written, which takes room; of a thread that still writes, the next opening does.
+
+    Orbax removes it in a thread, and two managers that are opened one after the other remove it at once and fail.
+    """
+    for folder in (self._workdir / "checkpoints").glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
+      shutil.rmtree(folder, ignore_errors=True)
 
   def _open(self):
     if self._manager is None:

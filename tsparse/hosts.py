@@ -46,8 +46,6 @@ def start(coordinator: str | None = None, num_hosts: int | None = None, host_id:
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT, an address of the first host that is free there.")
   if not 0 <= host_id < num_hosts:
     raise UserError(f"--host_id={host_id} with --num_hosts={num_hosts}: hosts are counted from 0.")
-  # On CPUs messages between hosts are matched by their order, so that only one program may be under way at a time.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     jax.distributed.initialize(coordinator, num_hosts, host_id)
   except RuntimeError as error:

@@ -44,8 +44,8 @@ def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None
     with checkpoint.reader(workdir) as checkpoints:
       return Restored(step, *checkpoint.restore(checkpoints, step, target))
 
+  recorded = _recorded(workdir)  # before the hosts meet, after which the first may write it
   found, torn = newest_whole(finished(workdir), restore)
-  recorded = _recorded(workdir)
   if found is None:
     if torn:
       each = "; ".join(f"step {step}: {reason}" for step, reason in torn.items())

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, XLA
+from tests.conftest import ENVIRONMENT, ROOT
 from tests.train.test_alive import losses
 from tsparse import hosts
 from tsparse.data import DataSettings, accounts_at, train_iterator
@@ -58,7 +58,7 @@ def free_port() -> int:
 def run(text, workdir, processes):
   """The experiment over 8 devices; returns the completed processes, the first host's first."""
   port = free_port()
-  flag = f"{XLA} --xla_force_host_platform_device_count={8 // processes} --xla_cpu_multi_thread_eigen=false"
+  flag = f"--xla_force_host_platform_device_count={8 // processes} --xla_cpu_multi_thread_eigen=false"
   started = []
   for host in range(processes):
     job = [f"--coordinator=127.0.0.1:{port}", f"--num_hosts={processes}", f"--host_id={host}"] * (processes > 1)
@@ -107,7 +107,7 @@ def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path)
 def test_each_host_reads_only_the_lanes_of_its_own_rows(tmp_path):
   text = tmp_path / "text.jsonl"
   text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(400)))
-  flag, port = f"{XLA} --xla_force_host_platform_device_count=4", free_port()
+  flag, port = "--xla_force_host_platform_device_count=4", free_port()
   arguments = [sys.executable, "-c", READER, str(text), str(port)]
   started = [
     subprocess.Popen([*arguments, str(host)], env=ENVIRONMENT | {"XLA_FLAGS": flag}, **PIPES) for host in range(2)

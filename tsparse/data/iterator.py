@@ -1,6 +1,5 @@
 """What training and evaluation see of the data: int32 [B, T] numpy arrays, and a position that can be saved."""
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -86,7 +85,7 @@ class TrainIterator:
     self._fingerprint = fingerprint
     self._sources = sources
     self._filled = self._places = 0
-    self._threads = ThreadPoolExecutor(min(len(lanes), os.cpu_count() or 1), "lane") if len(lanes) > 1 else None
+    self._threads = ThreadPoolExecutor(min(len(lanes), os.cpu_count() or 1), "lane")
 
   def __iter__(self) -> "TrainIterator":
     return self
@@ -99,7 +98,7 @@ class TrainIterator:
         for key, values in self._lanes[number].next_row().items():
           batch[key][place] = values
 
-    collections.deque((self._threads.map if self._threads else map)(fill, self._lanes), maxlen=0)
+    list(self._threads.map(fill, self._lanes))  # raises what a lane raises
     self._filled += int(np.count_nonzero(batch["segment_ids"]))
     self._places += len(self._lanes) * self._rows * self._shape[1]
     return batch

@@ -97,9 +97,9 @@ class Saver:
     probe.unlink()
 
   def _clear(self):
-    """Removes what failed saves have written, which takes room; of a thread that still writes, the next opening does.
+    """Removes what failed saves have written, which takes room, as far as no thread still writes there.
 
-    Orbax removes it in a thread, and two managers that are opened one after the other remove it at once and fail.
+    Opening a manager removes it too, the rest included, but in a thread: two of them at once would fail.
     """
     for folder in (self._workdir / "checkpoints").glob(f"*{ocp.utils.TMP_DIR_SUFFIX}"):
       shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tsparse.models.counts import HiddenCounts, count_fired
+from tsparse.models.layers import project
 from tsparse.sharding import constrain
 
 Array = jax.Array
@@ -54,7 +55,7 @@ def feed_forward(
   Returns:
     [B, T, D], and counts with E = 1.
   """
-  gate, up = jnp.einsum("btd,df->btf", x, gate), jnp.einsum("btd,df->btf", x, up)
+  gate, up = project("btd,df->btf", x, gate), project("btd,df->btf", x, up)
   hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTF")  # [B, T, F]
   counts = HiddenCounts(fired=count_fired(hidden, valid)[None], routed=jnp.sum(valid, dtype=jnp.float32)[None])
-  return jnp.einsum("btf,fd->btd", hidden, down), counts
+  return project("btf,fd->btd", hidden, down), counts

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from tsparse.models.layers import softcap
+from tsparse.models.layers import project, softcap
 from tsparse.sharding import constrain
 
 Array = jax.Array
@@ -51,7 +51,7 @@ def head_cross_entropy(hidden: Array, head: Array, targets: Array, cap: float = 
     return constrain(x.reshape(x.shape[0], -1, width, *x.shape[2:]).swapaxes(0, 1), "L" + axes)
 
   def block(head, x, target):
-    logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = project("btd,vd->btv", x, head.astype(x.dtype), jnp.float32)
     logits = constrain(softcap(logits, cap), "BTV")
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A sum and not a gather, which would collect a V that is split over devices, and whose gradient is a scatter.
@@ -59,5 +59,7 @@ def head_cross_entropy(hidden: Array, head: Array, targets: Array, cap: float = 
     return log_z - jnp.sum(logits, axis=-1, where=hit), log_z
 
   block = jax.checkpoint(block, prevent_cse=False)
-  _, losses = jax.lax.scan(lambda h, xs: (h, block(h, *xs)), head, (blocks(hidden, "BTD"), blocks(targets, "BT")))
+  xs = blocks(hidden, "BTD"), blocks(targets, "BT")
+  # [V, D]: CPUs multiply tall matrices faster than wide ones where the gradient is taken
+  _, losses = jax.lax.scan(lambda h, xs: (h, block(h, *xs)), head.T, xs)
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :time], losses)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
@@ -188,7 +189,8 @@ def _grouped(
 
   sizes, fetch, deliver = dispatch(flat(chosen), flat(weights), experts.gate.shape[0])
   slots = fetch(flat(x))  # [S, D]
-  gate, up = grouped_matmul(slots, experts.gate, sizes), grouped_matmul(slots, experts.up, sizes)  # [S, F]
+  gate = checkpoint_name(grouped_matmul(slots, experts.gate, sizes), "expert_gate")  # [S, F]
+  up = checkpoint_name(grouped_matmul(slots, experts.up, sizes), "expert_up")  # [S, F]
   predicted = None
   if predictors is not None:
     read = jax.nn.relu(grouped_matmul(fetch(flat(predictors.x)), predictors.fc1, sizes))

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
@@ -39,10 +40,14 @@ from tsparse.sharding import constrain
 
 Array = jax.Array
 
-# What the backward pass keeps of a layer: everything, the outputs of the weight matrices, or only the layer's input.
+# What the backward pass keeps of a layer: everything, the outputs of the weight matrices and of attention, or only the
+# layer's input. Grouped products and attention are loops and kernels, which only names tell apart.
 REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    jax.checkpoint_policies.save_only_these_names("mixed", "expert_gate", "expert_up"),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -87,9 +92,9 @@ class Attention(nn.Module):
     `window_index` says which of the model's windows, in order, is the layer's; None where there is one for all.
     """
     config = self.config
-    query = jnp.einsum("btd,dnh->btnh", x, _weight(self, "query", "DNH", fan_in="D"))
-    key = jnp.einsum("btd,dkh->btkh", x, _weight(self, "key", "DKH", fan_in="D"))
-    value = jnp.einsum("btd,dkh->btkh", x, _weight(self, "value", "DKH", fan_in="D"))
+    query = layers.project("btd,dnh->btnh", x, _weight(self, "query", "DNH", fan_in="D"))
+    key = layers.project("btd,dkh->btkh", x, _weight(self, "key", "DKH", fan_in="D"))
+    value = layers.project("btd,dkh->btkh", x, _weight(self, "value", "DKH", fan_in="D"))
     if config.attention_bias:
       query += _vector(self, "query_bias", "NH", nn.initializers.zeros).astype(x.dtype)
       key += _vector(self, "key_bias", "KH", nn.initializers.zeros).astype(x.dtype)
@@ -105,7 +110,7 @@ class Attention(nn.Module):
     args = query, key, value, segment_ids
     mixed = by_window[0](*args) if window_index is None else jax.lax.switch(window_index, by_window, *args)
     out = _weight(self, "out", "NHD", fan_in="NH", scale=(2 * config.num_layers) ** -0.5)
-    return jnp.einsum("btnh,nhd->btd", mixed, out)
+    return layers.project("btnh,nhd->btd", checkpoint_name(mixed, "mixed"), out)
 
 
 class Predictor(nn.Module):

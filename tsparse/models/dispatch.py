@@ -40,13 +40,13 @@ def at_home(chosen: Array, weights: Array, experts: int) -> Slots:
   n, k = chosen.shape
   order, inverse = _sort(chosen.reshape(-1))
   order = order[: n * min(k, experts)]
-
-  def deliver(out: Array) -> Array:
-    out = _permute(out, inverse, order).reshape(n, k, -1)  # [n, k, D]
-    return jnp.sum(out * weights[..., None].astype(out.dtype), axis=1)
-
+  inverse = inverse.reshape(n, k)
   sizes = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(experts), axis=0, dtype=jnp.int32)
-  return Slots(sizes, lambda x: _to_slots(x, order, inverse, k), deliver)
+  return Slots(
+    sizes,
+    lambda x: _to_slots(x, order, inverse),
+    lambda out: _from_slots(out, weights.astype(out.dtype), order, inverse),
+  )
 
 
 def gathered(chosen: Array, weights: Array, experts: int) -> Slots:
@@ -131,16 +131,40 @@ _permute.defvjp(
 )
 
 
-def _to_slots(x: Array, order: Array, inverse: Array, k: int) -> Array:
-  """x [n, D] -> [S, D]: each row once for each of its choices, in the order of the slots."""
+def _sum_of_slots(slots: Array, weights: Array | None, places: Array) -> Array:
+  """sum over j of weights[:, j] slots[places[:, j]], [n, D], in float32: the k rows of a token never lie together."""
+  total = 0
+  for j in range(places.shape[1]):
+    rows = _take(slots, places[:, j]).astype(jnp.float32)
+    total += rows if weights is None else rows * weights[:, j, None]
+  return total.astype(slots.dtype)
 
-  @jax.custom_vjp
-  def slots(x: Array, order: Array, inverse: Array) -> Array:
-    del inverse
-    return x[order // k]
 
-  slots.defvjp(
-    lambda x, order, inverse: (x[order // k], inverse),
-    lambda inverse, dout: (_take(dout, inverse).reshape(-1, k, dout.shape[-1]).sum(1), None, None),
-  )
-  return slots(x, order, inverse)
+@jax.custom_vjp
+def _to_slots(x: Array, order: Array, inverse: Array) -> Array:
+  """x [n, D] -> [S, D]: each row once for each of its choices, in the order of the slots; `inverse` is [n, k]."""
+  return x[order // inverse.shape[1]]
+
+
+_to_slots.defvjp(
+  lambda x, order, inverse: (_to_slots(x, order, inverse), inverse),
+  lambda inverse, dout: (_sum_of_slots(dout, None, inverse), None, None),
+)
+
+
+@jax.custom_vjp
+def _from_slots(slots: Array, weights: Array, order: Array, inverse: Array) -> Array:
+  """[S, D] -> [n, D]: the sum of each token's slots, weighted by [n, k]."""
+  del order
+  return _sum_of_slots(slots, weights, inverse)
+
+
+def _from_slots_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, None, None]:
+  slots, weights, order, inverse = saved
+  choices = [_take(slots, inverse[:, j]) for j in range(inverse.shape[1])]
+  dweights = [jnp.einsum("nd,nd->n", choice, dout, preferred_element_type=jnp.float32) for choice in choices]
+  dslots = dout[order // inverse.shape[1]] * weights.reshape(-1)[order][:, None]
+  return dslots, jnp.stack(dweights, axis=1).astype(weights.dtype), None, None
+
+
+_from_slots.defvjp(lambda *args: (_from_slots(*args), args), _from_slots_backward)

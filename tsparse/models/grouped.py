@@ -21,7 +21,7 @@ Array = jax.Array
 
 # Rows of a block: a group is cut into as many of the first length as fit, then of the next; the last may overhang.
 # Long ones amortise reading the weights, short ones waste fewer rows.
-BLOCK_ROWS = (512, 128, 32)
+BLOCK_ROWS = (512, 128, 64)
 TPU_TILE = (512, 1024, 1024)  # rows, contracted, out
 
 

@@ -201,7 +201,7 @@ def _grouped(
     first = 0 if dispatch is at_home else jax.lax.axis_index(GROUP) * here
     expert = first + jnp.repeat(jnp.arange(here), sizes, total_repeat_length=slots.shape[0])  # [S]; of none: the last
     hidden = _whole_rows(lambda *parts: intervene(*parts, expert), neurons, gate, up, hidden)
-  member = membership(sizes, hidden.shape[0], jnp.bfloat16)  # [S, E]; 0 and 1 are exact
+  member = membership(sizes, hidden.shape[0], hidden.dtype)  # [S, E]; 0 and 1 are exact
   fired = jnp.einsum("se,sf->ef", member, (hidden != 0).astype(member.dtype), preferred_element_type=jnp.float32)
   counts = HiddenCounts(fired=fired, routed=sizes.astype(jnp.float32))
 

@@ -1,6 +1,7 @@
 """config.data.cached: the tokens that seqio's cache job wrote are those of the text."""
 
 import collections
+import itertools
 import json
 import os
 import subprocess
@@ -92,6 +93,21 @@ def test_cached_and_uncached_give_the_same_examples(writer, jsonl, tmp_path):
     again.restore(train_iterator(plain, seq_len=64, batch_size=4, seed=0).state())
   with pytest.raises(UserError, match="cannot be read"):
     train_iterator(plain, seq_len=64, batch_size=4, seed=0).restore(position)
+
+
+def test_lanes_share_a_cache_of_fewer_documents_than_lanes(tmp_path):
+  text, held_out = tmp_path / "few.jsonl", tmp_path / "held_out.jsonl"
+  text.write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(5)))
+  held_out.write_text('{"text": "another"}\n')
+  write_as_the_job_does(seqio_provider(str(text), data_settings(settings(text, held_out))), tmp_path / "cached")
+  config = settings(text, held_out, lanes=8, cached=str(tmp_path / "cached"))
+  check_data(config, 264)
+  batches = list(itertools.islice(train_iterator(config, seq_len=32, batch_size=8, seed=0), 6))
+  drawn = collections.Counter()
+  for row in range(8):  # of a lane each
+    drawn.update(documents_of([{key: rows[row] for key, rows in batch.items()} for batch in batches]))
+  assert sorted(drawn) == [f"number {i}".encode() for i in range(5)]
+  assert max(drawn.values()) - min(drawn.values()) <= 8
 
 
 def test_a_cache_of_other_text_is_not_read(jsonl, tmp_path):

@@ -131,13 +131,13 @@ _permute.defvjp(
 )
 
 
-def _sum_of_slots(slots: Array, weights: Array | None, places: Array) -> Array:
-  """sum over j of weights[:, j] slots[places[:, j]], [n, D], in float32: the k rows of a token never lie together."""
-  total = 0
-  for j in range(places.shape[1]):
-    rows = _take(slots, places[:, j]).astype(jnp.float32)
-    total += rows if weights is None else rows * weights[:, j, None]
-  return total.astype(slots.dtype)
+def _sum_of_slots(slots: Array, weights: Array, places: Array) -> Array:
+  """sum over j of weights[:, j] slots[places[:, j]], [n, D], added up in float32.
+
+  Choice by choice, which XLA fuses: all k rows of all tokens, [n, k, D], would be written and read again on CPU.
+  """
+  rows = (_take(slots, place).astype(jnp.float32) for place in places.T)
+  return sum(row * weight[:, None] for row, weight in zip(rows, weights.T, strict=True)).astype(slots.dtype)
 
 
 @jax.custom_vjp
@@ -148,7 +148,7 @@ def _to_slots(x: Array, order: Array, inverse: Array) -> Array:
 
 _to_slots.defvjp(
   lambda x, order, inverse: (_to_slots(x, order, inverse), inverse),
-  lambda inverse, dout: (_sum_of_slots(dout, None, inverse), None, None),
+  lambda inverse, dout: (_sum_of_slots(dout, jnp.ones(inverse.shape), inverse), None, None),
 )
 
 
@@ -161,9 +161,9 @@ def _from_slots(slots: Array, weights: Array, order: Array, inverse: Array) -> A
 
 def _from_slots_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, None, None]:
   slots, weights, order, inverse = saved
-  choices = [_take(slots, inverse[:, j]) for j in range(inverse.shape[1])]
-  dweights = [jnp.einsum("nd,nd->n", choice, dout, preferred_element_type=jnp.float32) for choice in choices]
-  dslots = dout[order // inverse.shape[1]] * weights.reshape(-1)[order][:, None]
+  dslots = _to_slots(dout, order, inverse) * weights.reshape(-1)[order][:, None]
+  rows = (_take(slots, place) for place in inverse.T)
+  dweights = [jnp.einsum("nd,nd->n", row, dout, preferred_element_type=jnp.float32) for row in rows]
   return dslots, jnp.stack(dweights, axis=1).astype(weights.dtype), None, None
 
 

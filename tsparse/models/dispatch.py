@@ -161,10 +161,9 @@ def _from_slots(slots: Array, weights: Array, order: Array, inverse: Array) -> A
 
 def _from_slots_backward(saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array, None, None]:
   slots, weights, order, inverse = saved
-  dslots = _to_slots(dout, order, inverse) * weights.reshape(-1)[order][:, None]
-  rows = (_take(slots, place) for place in inverse.T)
-  dweights = [jnp.einsum("nd,nd->n", row, dout, preferred_element_type=jnp.float32) for row in rows]
-  return dslots, jnp.stack(dweights, axis=1).astype(weights.dtype), None, None
+  dout = _to_slots(dout, order, inverse)
+  dweights = jnp.einsum("sd,sd->s", slots, dout, preferred_element_type=jnp.float32)
+  return dout * weights.reshape(-1)[order][:, None], _take(dweights, inverse).astype(weights.dtype), None, None
 
 
 _from_slots.defvjp(lambda *args: (_from_slots(*args), args), _from_slots_backward)

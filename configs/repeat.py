@@ -1,9 +1,10 @@
-"""The experiment of an existing workdir, to run it again elsewhere.
+"""The experiment of an existing workdir, to run it again elsewhere. A phase starts again from the stage before it.
 
 python experiments/run.py --config=configs/repeat.py:runs/tiny_relufy --workdir=runs/again
 """
 
 import functools
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,6 +20,9 @@ def get_config(workdir):
   config = read_config(Path(workdir))
   if "train" not in config:
     raise UserError(f"{workdir} records no training: give the workdir of a run.")
+  started = Path(workdir) / "init.json"
+  if "base" not in config and not config["init"] and started.exists():  # a phase, whose config names no init
+    config["init"] = json.loads(started.read_text())["model"]
   for name, value in defaults().items():  # fields that the workdir is older than
     *sections, field = name.split(".")[1:]
     functools.reduce(lambda tree, key: tree.setdefault(key, {}), sections, config).setdefault(field, value)

@@ -2,18 +2,16 @@
 
 import json
 import runpy
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import commands
+from tests.conftest import ROOT
 
 
 def run(script, *arguments, out):
   """What the benchmark printed, and the rows of its JSON."""
-  command = [sys.executable, f"benchmarks/{script}", *arguments, f"--json={out}"]
-  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+  done = commands.run(f"benchmarks/{script}", *arguments, f"--json={out}", timeout=600)
   assert done.returncode == 0, done.stderr
   return done, json.loads(out.read_text())["rows"]
 
@@ -77,8 +75,7 @@ def test_the_benchmark_of_the_analysis_runs(tmp_path):
 
 def compiled(script, *arguments, out):
   """The JSON of a benchmark of the native kernels; skips where there is no compiler for them."""
-  command = [sys.executable, f"benchmarks/{script}", *arguments, f"--json={out}"]
-  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+  done = commands.run(f"benchmarks/{script}", *arguments, f"--json={out}", timeout=600)
   if "cannot be built here" in done.stderr:
     pytest.skip("no C++ compiler")
   assert done.returncode == 0, done.stderr

@@ -3,13 +3,12 @@
 import json
 import shutil
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import commands
+from tests.conftest import ENVIRONMENT
 from tests.train.test_alive import losses
 from tsparse import hosts
 from tsparse.data import DataSettings, accounts_at, train_iterator
@@ -25,8 +24,6 @@ ARGUMENTS = [
   "--config.analysis.levels=()",
 ]  # fmt: skip
 
-
-PIPES = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 READER = """
 import json, sys
@@ -63,22 +60,18 @@ def run(text, workdir, processes):
   for host in range(processes):
     job = [f"--coordinator=127.0.0.1:{port}", f"--num_hosts={processes}", f"--host_id={host}"] * (processes > 1)
     arguments = [*ARGUMENTS, f"--config.data.train={text}", f"--workdir={workdir}", *job]
-    started.append(
-      subprocess.Popen(
-        [sys.executable, "experiments/run.py", *arguments], env=ENVIRONMENT | {"XLA_FLAGS": flag}, **PIPES
-      )
-    )
+    started.append(commands.Command("experiments/run.py", *arguments, env=ENVIRONMENT | {"XLA_FLAGS": flag}))
   return outputs(started)
 
 
 def outputs(started):
   try:
-    texts = [process.communicate(timeout=400) for process in started]
+    done = [command.wait(400) for command in started]
   finally:
-    for process in started:
-      process.kill()
-  assert [process.returncode for process in started] == [0] * len(started), texts
-  return [out for out, _ in texts]
+    for command in started:
+      command.kill()
+  assert [command.returncode for command in done] == [0] * len(done), done
+  return [command.stdout for command in done]
 
 
 def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path):
@@ -108,10 +101,9 @@ def test_each_host_reads_only_the_lanes_of_its_own_rows(tmp_path):
   text = tmp_path / "text.jsonl"
   text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(400)))
   flag, port = "--xla_force_host_platform_device_count=4", free_port()
-  arguments = [sys.executable, "-c", READER, str(text), str(port)]
-  started = [
-    subprocess.Popen([*arguments, str(host)], env=ENVIRONMENT | {"XLA_FLAGS": flag}, **PIPES) for host in range(2)
-  ]
+  (reader := tmp_path / "reader.py").write_text(READER)
+  env = ENVIRONMENT | {"XLA_FLAGS": flag}
+  started = [commands.Command(reader, text, port, host, env=env) for host in range(2)]
   found = [json.loads(out.splitlines()[-1]) for out in outputs(started)]
   assert [rows for rows, *_ in found] == [list(range(8)), list(range(8, 16))]
   assert [every for _, every, *_ in found] == [list(range(16))] * 2  # where a row is split over hosts, each has it

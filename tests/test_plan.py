@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
 from configs import mistral_drelu
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import commands
 from tsparse.errors import UserError
 from tsparse.plan import run
 from tsparse.train.topology import parse
@@ -22,8 +20,7 @@ SMALL = [
 
 
 def plan(*arguments):
-  command = [sys.executable, "experiments/plan.py", *map(str, arguments)]
-  return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+  return commands.run("experiments/plan.py", *arguments)
 
 
 def test_a_step_is_compiled_for_virtual_devices(tmp_path):

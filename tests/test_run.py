@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import commands
 from tests.conftest import ENVIRONMENT, ROOT
 
 CONFIGS = sorted(
@@ -24,14 +25,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(*arguments, script="run.py"):
-  return [sys.executable, f"experiments/{script}", *map(str, arguments)]
-
-
 def run(*arguments, script="run.py", env=ENVIRONMENT):
-  return subprocess.run(
-    command(*arguments, script=script), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-  )
+  return commands.run(f"experiments/{script}", *arguments, env=env)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "experiments").glob("*.py")))
@@ -179,14 +174,14 @@ def losses(workdir):
 
 def kill_after(step, workdir, arguments):
   """Starts the run and kills it, with no warning, once `step` steps of `workdir` are logged."""
-  process = subprocess.Popen(command(*arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+  process = commands.Command("experiments/run.py", *arguments)
   deadline = time.monotonic() + 200
   path = workdir / "metrics.jsonl"
-  while process.poll() is None and time.monotonic() < deadline:
+  while process.running() and time.monotonic() < deadline:
     if path.exists() and path.read_text().count('"loss"') >= step:
-      process.send_signal(signal.SIGKILL)
+      process.kill()
     time.sleep(0.002)
-  assert process.wait() == -signal.SIGKILL
+  assert process.wait().returncode == -signal.SIGKILL
 
 
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path):

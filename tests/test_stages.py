@@ -150,6 +150,9 @@ def test_a_run_in_phases_on_conversations_resumes_and_reports_each(text, tmp_pat
   repeated = stages_of(repeat.get_config(str(once)), once)
   assert [stage.config.to_dict() for stage in repeated] == [s.config.to_dict() for s in stages_of(config(), once)]
 
+  (alone,) = stages_of(repeat.get_config(str(once / "phases/last")), tmp_path)  # a phase, from the one before it
+  assert alone.init == once / "phases/sft" and alone.config.data.mixture == config().phases.last.data.mixture
+
   # the order of the phases belongs to the record of the experiment
   other = config()
   other.phases.order = "last,sft"

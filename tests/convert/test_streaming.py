@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 
 import jax
@@ -21,7 +19,7 @@ from flax import traverse_util
 from rich.console import Console
 from rich.filesize import decimal
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import commands
 from tsparse.convert import huggingface, rules, stored
 from tsparse.convert.convert import convert
 from tsparse.convert.families import export_format
@@ -274,11 +272,7 @@ def test_a_conversion_that_does_not_fit_is_refused(theirs, tmp_path, monkeypatch
 
 def run(*arguments, code):
   """`experiments/convert.py` in a process of its own, after some other code."""
-  script = f"import runpy, sys; sys.argv = {['convert.py', *map(str, arguments)]!r}\n{code}\n"
-  script += "runpy.run_path('experiments/convert.py', run_name='__main__')"
-  return subprocess.run(
-    [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-  )
+  return commands.run("experiments/convert.py", *arguments, before=code)
 
 
 @pytest.mark.parametrize("form", ["tsparse", "hf"])
@@ -332,9 +326,6 @@ progress.ByteProgressLine.advance, files.write = counted, stopped
 
 
 def test_the_benchmark_runs():
-  done = subprocess.run(
-    [sys.executable, "benchmarks/convert.py", "--preset=tiny_moe"],
-    cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
+  done = commands.run("benchmarks/convert.py", "--preset=tiny_moe")
   assert done.returncode == 0, done.stderr
   assert "bit for bit" in done.stdout and done.stdout.count("  2.00") == 3  # the limit, in each row

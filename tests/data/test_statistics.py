@@ -2,12 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests import commands
 from tsparse.data import overview
 from tsparse.data.overlap import Overlap, read_evaluations, words_of
 from tsparse.data.settings import DataSettings
@@ -16,8 +14,7 @@ from tsparse.errors import UserError
 
 
 def data(*arguments):
-  command = [sys.executable, "experiments/data.py", *map(str, arguments)]
-  return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+  return commands.run("experiments/data.py", *arguments)
 
 
 def write(path, texts):

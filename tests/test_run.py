@@ -115,7 +115,8 @@ def test_every_command_of_the_readme_runs(tmp_path):
       words += ["--config.base.train.steps=6"] * (name == "tiny_relufy")
       words += ["--config.phases.code.tokens=1500"] * (name == "tiny_phases")
       words += [] if "--workdir" in line else [f"--workdir={tmp_path}/runs/{name}"]
-    words += ["--tokens=1000"] * (script == "analyze.py")
+    if script == "analyze.py":  # the search of thresholds takes half a minute: once is enough
+      words += ["--tokens=1000", *(["--parts=counts,tokens"] if "analyze.py" in done else [])]
     if script == "plan.py":  # compiling for TPUs takes minutes: tests/test_plan.py does it once, on a small model
       words += [f"--out={tmp_path}/plan.json", *(["--nocompile"] if "cpu:" not in line else [])]
     result = run(*words[2:], script=script)

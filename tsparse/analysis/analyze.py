@@ -82,7 +82,8 @@ def analyze(
     for selection in selections
     for level in levels
   ]
-  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], lambda: progress(name))
+  step, documents = (lambda: progress(name)), (data.document_ids, data.documents)
+  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], step, *documents)
   if not np.isfinite(natural.nll):
     check_finite(model, params, data.batches, mesh)
   keep(natural.counts)
@@ -91,7 +92,7 @@ def analyze(
     model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
   )
   statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
-  documents, points = confidence.per_document(natural, data), iter(results)
+  points = iter(results)
   curves = [
     {
       "selection": selection,
@@ -118,8 +119,8 @@ def analyze(
     "curves": curves,
     "mask_shared": mask_shared,
     "sources": [quality_on(name, held_out, model, params, mesh) for name, held_out in (by_source or {}).items()],
-    "confidence": confidence.confidence(documents, natural.batch_zeros),
-    "per_document": documents,
+    "confidence": confidence.confidence(natural.documents),
+    "per_document": confidence.per_document(natural.documents),
     **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
 

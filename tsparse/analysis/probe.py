@@ -21,6 +21,7 @@ from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
 from tsparse.models.loss import scored
+from tsparse.models.router import route, router_logits
 from tsparse.models.transformer import FeedForward, Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
 
@@ -164,7 +165,10 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
   x, valid, interventions = (bound.arguments[name] for name in ("x", "valid", "interventions"))
   probe, weights, sums = interventions["ffn"], ffn.variables["params"], []
   down = weights["down"].astype(x.dtype)
-  reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]
+  reached = valid[..., None]
+  if down.ndim == 3:
+    chosen, _ = route(router_logits(x, weights["router"]), valid, ffn.config.experts_per_token)  # [B, T, k]
+    reached = jax.nn.one_hot(chosen, down.shape[0], dtype=jnp.bool).any(axis=2)
 
   def watch(gate, up, hidden, expert):
     del expert  # all of them, in order
@@ -176,9 +180,3 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
   out, counts, *rest = call(*bound.args[1:], **bound.kwargs)
   finite = jnp.all(jnp.isfinite(out) | ~valid[..., None])
   return out, counts | {"ffn": (counts["ffn"], finite, *sums)}, *rest
-
-
-def _reached(x: Array, router: Array, valid: Array, experts_per_token: int) -> Array:
-  """[B, T, E] bool: the experts that each real token is routed to; the choice of `models/moe.route`."""
-  _, chosen = jax.lax.top_k(jnp.einsum("btd,de->bte", x.astype(jnp.float32), router), experts_per_token)
-  return jax.nn.one_hot(chosen, router.shape[1], dtype=jnp.bool).any(axis=2) & valid[..., None]

@@ -100,7 +100,7 @@ def confidence(models: list[dict], comparisons: list[dict]) -> Iterator[Table]:
         m["name"],
         _interval(found["loss"], number),
         _interval(found["perplexity"], perplexity),
-        _interval(zeros, lambda x: f"{x:.2%}") if zeros else "one batch",
+        _interval(zeros, lambda x: f"{x:.2%}") if zeros else "one document",
         f"{m['documents']:,}",
       ])  # fmt: skip
   if rows:

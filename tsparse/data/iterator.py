@@ -259,7 +259,7 @@ class EvaluationSet:
 
   Attributes:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape.
-    document_ids: of each batch int32 [B, T], the document of each scored target, from 0; -1 where there is none.
+    document_ids: of each batch int32 [B, T], the document of each target, scored or not, from 0; -1 on padding.
     documents: how many documents they hold.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
       conversations all, though only some are scored.
@@ -340,14 +340,14 @@ def _evaluation_set(
 
 
 def document_ids(batches: list[dict[str, np.ndarray]], lengths: list[int]) -> list[np.ndarray]:
-  """Of each batch int32 [B, T], the document of each scored target and -1 elsewhere: packing keeps their order."""
+  """Of each batch int32 [B, T], the document of each target and -1 on padding: packing keeps their order."""
   left = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
   result = []
   for batch in batches:
     ids = np.full(batch["segment_ids"].shape, -1, np.int32)
     real = batch["segment_ids"] > 0
     ids[real], left = left[: real.sum()], left[real.sum() :]
-    result.append(np.where(batch["loss_mask"] > 0, ids, -1))
+    result.append(ids)
   return result
 
 

@@ -12,9 +12,9 @@ from tests.analysis.test_masks import held_out
 from tsparse import sharding
 from tsparse.analysis import neurons, unions
 from tsparse.analysis.observe import observe
-from tsparse.analysis.probe import probe
+from tsparse.analysis.probe import by_kind, probe
 from tsparse.errors import UserError
-from tsparse.evaluate.perplexity import evaluate
+from tsparse.evaluate.perplexity import evaluate, evaluate_each
 from tsparse.models.config import PRESETS, parameter_counts
 from tsparse.models.transformer import Transformer, init_parameters
 
@@ -23,7 +23,7 @@ MOE = dataclasses.replace(
   shared_d_ff=12, shared_gate=True, dense_layers=1, dense_d_ff=40,
 )  # fmt: skip
 MESHES = {"1 device": {}, "8 devices": {"data": 2, "expert": 2, "tensor": 2}}
-SEEN = ("gate", "up", "hidden", "reached", "down", "positions")
+SEEN = ("x", "gate", "up", "hidden", "reached", "down", "positions")
 
 
 def mesh_of(sizes):
@@ -49,7 +49,7 @@ def observed(mesh):
   model, params, data = tiny()
   mesh = mesh_of(MESHES[mesh])
   with jax.set_mesh(mesh):
-    natural = evaluate(model, params, data.batches, mesh)
+    natural = evaluate_each(model, params, data.batches, mesh, [None], lambda: None, data.document_ids, 16)[0]
     return natural, observe(model, params, data, mesh, natural, parts=("counts", "tokens"))
 
 
@@ -80,8 +80,9 @@ def test_losses_counts_and_routing_are_those_of_the_model():
   with jax.set_mesh(mesh := mesh_of({})):
     plain = evaluate(model, params, data.batches, mesh)
     probed = probe(
-      model, params, data.batches, mesh, lambda seen, layer: (seen.reached.sum((0, 1)), layer), jnp.arange(3)
-    )
+      model, params, data.batches, mesh, lambda seen, layer: (seen.reached.sum((0, 1)), layer),
+      by_kind(jnp.arange(3), MOE),
+    )  # fmt: skip
   assert probed.tokens == plain.tokens and probed.nll == pytest.approx(plain.nll, rel=1e-6)
   for kind, counts in plain.counts.items():
     np.testing.assert_array_equal(probed.counts[kind].fired, counts.fired)
@@ -100,6 +101,7 @@ def test_gate_up_and_hidden_are_those_of_the_weights():
   gram = np.linalg.lstsq(params["first"]["ffn"]["gate"][0].T, first["gate"][0, :8, :, 0].reshape(-1, 40).T)[0]
   up = gram.T @ params["first"]["ffn"]["up"][0]  # what the FFN read, found from gate, gives up
   np.testing.assert_allclose(up.reshape(8, 24, 40), first["up"][0, :8, :, 0], atol=1e-4)
+  np.testing.assert_allclose(gram.T.reshape(8, 24, 32), first["x"][0, :8], atol=1e-4)
 
 
 def test_zeros_of_random_drelu_are_three_quarters_and_counted_by_position():
@@ -112,6 +114,18 @@ def test_zeros_of_random_drelu_are_three_quarters_and_counted_by_position():
       zeros[position] += (ffn["hidden"][row, time, expert] == 0).sum()
       entries[position] += ffn["hidden"].shape[-1]
   np.testing.assert_allclose(found["per_position"], zeros / entries, rtol=1e-12)
+
+
+def test_zeros_are_summed_over_each_document():
+  """A row holds one document here, whose last one is cut off by padding in each batch."""
+  natural, _ = observed("1 device")
+  sums = natural.documents.sums
+  zeros = sum(sum(layers(lambda ffn: ((ffn["hidden"] == 0) & (ffn["reached"] > 0)[..., None]).sum((1, 2, 3))), []))
+  entries = sum(sum(layers(lambda ffn: ffn["reached"].sum((1, 2)) * ffn["hidden"].shape[-1]), []))
+  np.testing.assert_array_equal(sums[:, 2:], np.stack([zeros, entries], axis=1))
+  assert sums[:, 2].sum() / sums[:, 3].sum() == pytest.approx(natural.zero_fraction)
+  assert sums[:, 1].tolist() == [24.0] * 7 + [10.0] + [24.0] * 7 + [10.0]
+  assert sums[:, 0].sum() == pytest.approx(natural.nll)
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "hidden"])
@@ -229,6 +243,7 @@ def test_eight_devices_give_the_numbers_of_one():
   (natural, one), (sharded, eight) = observed("1 device"), observed("8 devices")
   for kind, counts in natural.counts.items():
     assert np.abs(counts.fired - sharded.counts[kind].fired).sum() <= 1e-4 * counts.fired.sum()
+  np.testing.assert_allclose(natural.documents.sums, sharded.documents.sums, rtol=1e-4)
   flat = [jax.tree_util.tree_flatten_with_path(found)[0] for found in (one, eight)]
   assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
   for (path, a), (_, b) in zip(*flat, strict=True):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tsparse.analysis import experts, neurons, statistics, thresholds, unions
-from tsparse.analysis.probe import probe
+from tsparse.analysis.probe import by_kind, probe
 from tsparse.data import EvaluationSet
 from tsparse.errors import UserError
 from tsparse.evaluate.perplexity import Evaluation
@@ -17,7 +17,7 @@ Batches = Sequence[dict[str, np.ndarray]]
 
 # What is made of a text -> how often `progress` is called. It costs: "counts" nothing beside them, "tokens" a forward
 # pass, "thresholds" four for each of them and some more.
-PARTS = {"counts": 0, "tokens": 1, "thresholds": 5}
+PARTS = {"counts": 0, "tokens": 1, "thresholds": 6}
 
 DEFINITIONS = {
   **statistics.DEFINITIONS,
@@ -90,8 +90,9 @@ def token_statistics(
   batch has none.
   """
   layers = model.config.num_layers
-  by_layer = lambda x: np.tile(x, (layers, 1))  # noqa: E731
-  first = probe(model, params, batches[:1], mesh, statistics.magnitudes, by_layer(statistics.MAGNITUDES))
+  everywhere = lambda x: np.tile(x, (layers, 1))  # noqa: E731
+  magnitudes = by_kind(everywhere(statistics.MAGNITUDES), model.config)
+  first = probe(model, params, batches[:1], mesh, statistics.magnitudes, magnitudes)
   edges, chosen = statistics.histogram_edges(first), neurons.sample(natural.counts)
   together = statistics.Together((
     ("positions", statistics.zeros_by_position),
@@ -99,7 +100,7 @@ def token_statistics(
     ("windows", unions.Windows()),
     ("coactivation", neurons.coactivation),
   ))  # fmt: skip
-  settings = {"histograms": by_layer(edges), "coactivation": chosen}
+  settings = by_kind({"histograms": everywhere(edges), "coactivation": chosen}, model.config)
   middle = len(batches) // 2
   halves = [probe(model, params, b, mesh, together, settings) for b in (batches[:middle], batches[middle:]) if b]
   probed = halves[0] if len(halves) == 1 else halves[0] + halves[1]

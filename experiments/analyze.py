@@ -29,7 +29,10 @@ SELECTION = flags.DEFINE_list(
 MASK_SHARED = flags.DEFINE_boolean("mask_shared", False, "Mask shared experts too; the paper does not say if it did.")
 PAPER = flags.DEFINE_boolean("paper", False, "Add Tables 1-3 of Turbo Sparse, its numbers beside these.")
 PARTS = flags.DEFINE_list(
-  "parts", "counts,tokens,thresholds", "What is measured beside zeros and masks; each takes longer than the one before."
+  "parts",
+  "counts,tokens,thresholds",
+  "What is measured beside zeros and masks; each takes longer than the one before. "
+  "`experts` masks one expert after the other: a pass over the text for each of all layers at each level.",
 )
 EXPORT = flags.DEFINE_string(
   "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from tests.analysis.test_masks import held_out
 from tsparse import sharding
-from tsparse.analysis import neurons, unions
+from tsparse.analysis import experts, neurons, unions
 from tsparse.analysis.observe import observe
 from tsparse.analysis.probe import by_kind, probe
 from tsparse.errors import UserError
@@ -50,7 +51,7 @@ def observed(mesh):
   mesh = mesh_of(MESHES[mesh])
   with jax.set_mesh(mesh):
     natural = evaluate_each(model, params, data.batches, mesh, [None], lambda: None, data.document_ids, 16)[0]
-    return natural, observe(model, params, data, mesh, natural, parts=("counts", "tokens"))
+    return natural, observe(model, params, data, mesh, natural, parts=("counts", "tokens"), levels=(0.0, 0.8, 0.95))
 
 
 def everything(seen, settings):
@@ -198,6 +199,41 @@ def test_experts_are_weighted_by_their_use():
   np.testing.assert_allclose(
     found["experts"]["per_expert_zero_fraction"], 1 - active.sum((1, 2, 4)) / (24 * reached.sum((1, 2)))
   )
+
+
+def test_the_error_of_an_expert_is_what_its_mask_drops():
+  curves, routed = observed("1 device")[1]["experts"]["curves"], raw()["ffn"]
+  assert curves["levels"] == [0.8, 0.95] and np.shape(curves["error"]) == (2, 4, 2)
+  for (layer, expert, i), found in np.ndenumerate(curves["error"]):
+    hidden, down = routed["hidden"][layer, ..., expert, :], routed["down"][layer, expert]
+    hidden = hidden[routed["reached"][layer, ..., expert] > 0]
+    order, dropped = np.argsort(-np.abs(hidden), axis=-1, kind="stable"), hidden.copy()
+    np.put_along_axis(dropped, order[:, : 24 - round(24 * curves["levels"][i])], 0, axis=-1)
+    whole = np.linalg.norm(hidden @ down, axis=-1)
+    error = np.linalg.norm(dropped @ down, axis=-1) / np.where(whole > 0, whole, np.inf)
+    assert found == pytest.approx(error.mean(), rel=1e-4)
+
+
+def test_masking_one_expert_alone_is_a_mask_of_its_neurons():
+  """Against a mask by hand: the others keep all, and the numbers are in their place."""
+  model, params, data = tiny()
+
+  @struct.dataclass
+  class Alone:
+    level: jax.Array  # [L, E]
+
+    def __call__(self, gate, up, hidden, expert):
+      order = jnp.argsort(jnp.argsort(-jnp.abs(hidden), axis=-1), axis=-1)
+      return jnp.where(order < hidden.shape[-1] - jnp.round(self.level[expert] * hidden.shape[-1])[:, None], hidden, 0)
+
+  done = []
+  with jax.set_mesh(mesh := mesh_of({})):
+    found = experts.masked_alone(model, params, data, mesh, (0.95, 0.99), lambda: done.append(0))
+    levels = jnp.zeros((2, 4)).at[1, 2].set(0.99)
+    by_hand = evaluate(model, params, data.batches, mesh, {"ffn": Alone(levels)})
+  assert np.shape(found["loss"]) == np.shape(found["perplexity"]) == (2, 4, 2) and len(done) == 2 * 2 * 4 * 2
+  assert found["loss"][1][2][1] == pytest.approx(by_hand.loss, rel=1e-6)
+  assert len(set(np.ravel(found["loss"]))) == 16
 
 
 def test_neurons_are_hot_by_how_often_they_fire():

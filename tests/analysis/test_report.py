@@ -49,6 +49,7 @@ def full(name, activation, perplexity, zeros, experts=1):
     lost = max(0.0, sparsity - zeros) ** 2 * (1 + width)
     return {"sparsity": sparsity, "loss": math.log(perplexity) + lost, "perplexity": perplexity * math.exp(lost)}
 
+  thresholds = {"epsilon_per_expert": [[0.1 * (e + 1) for e in range(experts)]] * layers} if experts > 1 else {}
   edges = np.linspace(-4, 4, 82)
   middles = (edges[1:] + edges[:-1]) / 2
   widths = {"gate": 1.5, "up": 1.0, "hidden": 0.3}
@@ -77,7 +78,7 @@ def full(name, activation, perplexity, zeros, experts=1):
       "cett": [{"cett": c, **cost(s), "epsilon_per_layer": [0.1] * layers} for c, s in ((0.05, 0.4), (0.2, 0.7))],
       "ppl_p": [{"p": 1, "sparsity": 0.55, "cett": 0.12}],
       "cats": [{"target": t, **cost(t)} for t in (0.5, 0.8, 0.9)],
-      "teal": [{"target": t, **cost(t * 0.98)} for t in (0.5, 0.8, 0.9)],
+      "teal": [{"target": t, **cost(t * 0.98), **thresholds} for t in (0.5, 0.8, 0.9)],
     },
     "neurons": {
       "cdf": {"share_of_neurons": share.tolist(), "share_of_activations": (1 - (1 - share) ** (2 + zeros)).tolist()},
@@ -93,6 +94,11 @@ def full(name, activation, perplexity, zeros, experts=1):
       "load": np.random.default_rng(0).dirichlet([3] * experts, layers).tolist(), "entropy": [1.9] * layers,
       "joint": {"routed": 0.25, "active_in_routed": 0.15, "active_of_all": 0.041, "paper": 0.0375},
       "per_expert_zero_fraction": [[zeros * (1 - e / 20) for e in range(experts - 1)] + [float("nan")]] * layers,
+      "curves": {
+        "levels": [0.5, 0.9],
+        "error": [[[0.01 * i, 0.1 + 0.1 * e] for e in range(experts - 1)] + [[math.nan] * 2] for i in range(layers)],
+        "perplexity": [[[28.0, 28.5 + i + e] for e in range(experts)] for i in range(layers)],
+      },
     } if experts > 1 else None,
   }  # fmt: skip
 
@@ -198,18 +204,23 @@ def test_everything_an_analysis_can_have_is_shown(written):
   page = (written("full") / "report.html").read_text()
   assert {chart.key for chart in charts.charts(files.strict(CASES["full"]))} == {
     "intervals", "perplexity_vs_sparsity", "threshold_methods", "zeros_per_layer", "zeros_per_position", "histograms",
-    "expert_load", "neuron_cdf", "union_zeros", "union_speedup",
+    "expert_load", "expert_curves", "expert_thresholds", "neuron_cdf", "union_zeros", "union_speedup",
   }  # fmt: skip
   shown = {table.key: table for table in report.tables(CASES["full"])}
   assert set(shown) == {
     "quality", "masked_hidden", "masked_gate", "masked_contribution", "confidence", "comparisons", "methods", "ppl_p",
-    "experts", "neurons", "union_batch", "union_window", "accounting", "paper_1", "paper_2", "paper_3",
+    "experts", "experts_masked", "neurons", "union_batch", "union_window", "accounting", "paper_1", "paper_2",
+    "paper_3",
   }  # fmt: skip
   assert all(f"<h3>{table.title}" in page.replace("&#x27;", "'") for table in shown.values())
   # one table: SwiGLU by CATS at 50 %, and dReLU by top-k at 90 %
   rows = {(row[0], row[1], row[2]): row[3:] for row in shown["methods"].rows}
   assert rows["swiglu (swiglu)", "CATS", "target 50%"][0] == "50.0%"
   assert rows["drelu (drelu)", "top-k", "90%"] == ["90.0%", "28.52", "+0.3%"]
+  assert shown["experts_masked"].rows == [
+    ["drelu", "50%", "1.5%", "0.0%", "3.0%", "3.6", "28.00", "28.00", "28.00", "3.7"],
+    ["drelu", "90%", "40.0%", "10.0%", "70.0%", "3.6", "33.50", "28.50", "38.50", "3.7"],
+  ]
   assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
   drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
   assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"
@@ -225,6 +236,11 @@ def test_csv_files_hold_the_numbers_of_the_analysis(written):
   assert [(float(r["x"]), float(r["y"])) for r in gate] == [(p["sparsity"], p["perplexity"]) for p in points]
   load = [r for r in rows_of(folder / "expert_load.csv") if r["view"] == "drelu: share of the tokens"]
   assert [float(r["value"]) for r in load] == np.ravel(CASES["full"]["models"][1]["experts"]["load"]).tolist()
+  curves = [r for r in rows_of(folder / "expert_curves.csv") if r["view"] == "drelu: error, layer 2"]
+  assert [(r["series"], float(r["x"]), float(r["y"])) for r in curves if r["series"] == "expert 3"] == [
+    ("expert 3", 0.5, 0.02), ("expert 3", 0.9, 0.4)
+  ]  # fmt: skip
+  assert len(curves) == 2 * (7 + 1)  # an expert that no token reached has no curve; the mean has
   low = [(r["model"], float(r["low"])) for r in rows_of(folder / "intervals.csv") if r["view"] == "loss"]
   assert low == [("swiglu", 1.45), ("drelu", 1.45)]
 

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsparse.analysis import accounting, confidence, masks, observe
+from tsparse.analysis import accounting, confidence, experts, masks, observe
 from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet
 from tsparse.data import accounting as data_accounting
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation, evaluate, evaluate_each
 from tsparse.models import counts
+from tsparse.models.config import ModelConfig
 from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer
 
@@ -135,10 +136,17 @@ def quality_on(
 
 
 def passes(
-  data: EvaluationSet, levels: Sequence[float], selections: Sequence[str], parts: Collection[str] = ("counts",)
+  config: ModelConfig,
+  data: EvaluationSet,
+  levels: Sequence[float],
+  selections: Sequence[str],
+  parts: Collection[str] = ("counts",),
 ) -> int:
   """Forward passes of an analysis, and pieces of work after them."""
-  return len(data.batches) * (1 + len(levels) * len(selections)) + sum(observe.PARTS[part] for part in parts)
+  forwards = 1 + len(levels) * len(selections)
+  if "experts" in parts and config.num_experts:
+    forwards += len(list(experts.alone(config, [level for level in levels if level > 0])))
+  return len(data.batches) * forwards + sum(observe.PARTS[part] for part in parts)
 
 
 def zero_fractions(natural: Evaluation) -> dict[str, float]:

@@ -20,6 +20,7 @@ SECTIONS = {
     "methods", "ppl_p",
   ),
   "Where the zeros are": ("zeros_per_layer", "zeros_per_position", "histograms", "expert_load", "experts"),
+  "Each expert": ("expert_curves", "experts_masked", "expert_thresholds"),
   "Hot and cold neurons": ("neuron_cdf", "neurons"),
   "Beyond one token": ("union_zeros", "union_speedup", "union_batch", "union_window"),
   "Parameters and operations": ("accounting",),
@@ -77,7 +78,7 @@ def _plain(chart: Chart) -> dict:
   views = []
   for view in chart.views:
     data = view.data if chart.kind == "heat" else [item._asdict() for item in view.data]
-    views.append({"name": view.name, "x": view.x._asdict(), "y": view.y._asdict(), "data": data})
+    views.append({"name": view.name, "x": view.x._asdict(), "y": view.y._asdict(), "data": data, "shares": view.shares})
   return {"title": chart.title, "kind": chart.kind, "views": views}
 
 

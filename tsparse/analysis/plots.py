@@ -63,20 +63,23 @@ def _lines(axes, view: View, models: list[str]):
       axes.plot(x, y, "o", mfc="none", mec=COLOURS[i], mew=1.8, ms=11, clip_on=False, zorder=3)
     elif series.mark == "dots":
       axes.plot(x, y, ".", color=COLOURS[i], ms=6, alpha=0.6, mew=0, clip_on=False)
+    elif series.mark == "thin":
+      axes.plot(x, y, color=COLOURS[i], lw=0.9, alpha=0.6)
     else:
       marker = MARKERS[i] if len(x) <= 40 and series.mark == "line" else None
       step = "steps-mid" if series.mark == "step" else "default"
       axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % 5], marker=marker, ms=4, lw=2, drawstyle=step)
     end = max(series.points)
-    if series.mark != "dots" and end > ends.get(series.model, ([-math.inf], ""))[0]:
+    if series.mark not in ("dots", "thin") and end > ends.get(series.model, ([-math.inf], ""))[0]:
       ends[series.model] = end, COLOURS[i]
   if any(series.mark == "ring" for series in view.data):
     label = "as it is: natural zeros, nothing masked"
     axes.plot([], [], "o", mfc="none", mec=GRID, mew=1.8, ms=9, label=label)
   for number, style in enumerate(styles):
     scatter = all(series.mark == "dots" for series in view.data if series.style == style)
-    look = {"marker": ".", "ls": ""} if scatter else {"ls": DASHES[number % 5]}
-    axes.plot([], [], color=GRID, lw=2, label=style, **look)
+    thin = any(series.mark == "thin" for series in view.data if series.style == style)
+    look = {"marker": ".", "ls": ""} if scatter else {"ls": "-", "lw": 0.9} if thin else {"ls": DASHES[number % 5]}
+    axes.plot([], [], color=GRID, label=style, **({"lw": 2} | look))
   if axes.get_legend_handles_labels()[0]:
     axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=10, handletextpad=0.5, borderaxespad=0)
   _scale(axes.xaxis, view.x, xs)
@@ -102,7 +105,7 @@ def _heat(axes, view: View, models: list[str]):
   values = [[math.nan if value is None else value for value in row] for row in view.data]
   width = max(map(len, values))
   image = axes.imshow([row + [math.nan] * (width - len(row)) for row in values], aspect="auto", cmap="viridis", vmin=0)
-  axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=None))
+  axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=None) if view.shares else None)
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 

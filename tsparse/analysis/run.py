@@ -14,7 +14,7 @@ from tsparse import files, sharding, workdir
 from tsparse.analysis import confidence, neurons
 from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
 from tsparse.analysis.masks import check_selections
-from tsparse.analysis.observe import PARTS, check_parts
+from tsparse.analysis.observe import DEFAULT_PARTS, check_parts
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
 from tsparse.data import (
@@ -71,7 +71,7 @@ class Case:
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
   """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  total = sum(passes(case.data, case.levels, case.selections, case.parts) for case in cases)
+  total = sum(passes(case.config, case.data, case.levels, case.selections, case.parts) for case in cases)
   with ProgressLine(console, "analysis", 0, total) as bar:
     models = [_analyze_case(case, mesh, bar) for case in cases]
   return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
@@ -111,7 +111,7 @@ def run(
   selections: Sequence[str] = ("hidden",),
   mask_shared: bool = False,
   paper: bool = False,
-  parts: Sequence[str] = tuple(PARTS),
+  parts: Sequence[str] = DEFAULT_PARTS,
   export: str = "",
   batch_size: int | None = None,
   seq_len: int | None = None,
@@ -150,6 +150,8 @@ def run(
   files.check_new(out)
   names = unique_names(models)
   stored = [open_model(Path(model)) for model in models]
+  if "experts" in parts and not any(model.config.num_experts for model in stored):
+    raise UserError("--parts=experts masks one expert after the other, and no --model has experts: leave it out.")
   limit = min(model.config.max_seq_len for model in stored)
   seq_len = seq_len or min(SEQ_LEN, limit)
   if seq_len > limit:

@@ -37,6 +37,7 @@ def tables(analysis: dict) -> list[Table]:
     *confidence(models, analysis.get("comparisons") or []),
     *methods(models),
     *experts(models),
+    *expert_curves(models),
     *neurons(models),
     *unions(models),
     *accounts(models),
@@ -167,6 +168,32 @@ def experts(models: list[dict]) -> Iterator[Table]:
   if rows:
     columns = ["model", "routed", "active in routed", "active of all", "by the paper's product", "zeros of all"]
     yield Table("Router and neurons together", columns, rows, key="experts", terms=("joint", "load", "entropy"))
+
+
+def expert_curves(models: list[dict]) -> Iterator[Table]:
+  """Error of the experts by level, and perplexity with one of them masked, where that was measured."""
+  curves = {m["name"]: (m.get("experts") or {}).get("curves") or {} for m in models}
+  measured = {"error": ("output's error", percent), "perplexity": ("perplexity", perplexity)}
+  measured = {key: how for key, how in measured.items() if any(of.get(key) for of in curves.values())}
+  rows = []
+  for name, of in curves.items():
+    for i, level in enumerate(of.get("levels") or ()):
+      row = [name, _level(level)]
+      for key, (_, shown) in measured.items():
+        layers = enumerate(of.get(key) or ())
+        found = [(v[i], f"{layer}.{e}") for layer, experts in layers for e, v in enumerate(experts) if v[i] is not None]
+        mean = [shown(sum(value for value, _ in found) / len(found))] if found else [""]
+        row += mean + ([shown(min(found)[0]), shown(max(found)[0]), max(found)[1]] if found else ["", "", ""])
+      rows.append(row)
+  if rows:
+    columns = [
+      "model",
+      "sparsity",
+      *(x for what, _ in measured.values() for x in (f"{what}, mean", "least", "most", "of")),
+    ]
+    note = "of: layer.expert, counted from 0 among the layers that have experts. Perplexity is the whole model's."
+    terms = ("expert_curves", "sparsity")
+    yield Table("Experts under the mask", columns, rows, 2, 4, "experts_masked", terms, (note,))
 
 
 def neurons(models: list[dict]) -> Iterator[Table]:

@@ -250,7 +250,7 @@ def threshold_curves(
     natural: the model as it is on `data`.
     calibration: the text to find thresholds on.
     levels: target sparsities of fat, teal, teal_down and cats.
-    cetts: target values of CETT.
+    cetts: target values of CETT; none for neither "cett" nor "ppl_p".
     percents: p of CETT-PPL-p%.
     progress: called with a line after each method.
 
@@ -320,7 +320,7 @@ def threshold_curves(
       where = {"input_epsilon_per_layer": np.concatenate(layers).tolist()}
       result["teal"].append({"target": target} | _stated(ffns, epsilon) | where | teal(epsilon, read))
   progress("teal")
-  curves = calibrator.curves(cett, ffns, cetts)
+  curves = calibrator.curves(cett, ffns, cetts) if cetts else None
 
   def at(values: Sequence[float]) -> list[dict[str, Any]]:
     epsilons = curves.at(values)
@@ -329,8 +329,9 @@ def threshold_curves(
       for value, epsilon, point in zip(values, epsilons.T, masked("cett", epsilons), strict=True)
     ]
 
-  result["cett"] = at(cetts)
+  result["cett"] = at(cetts) if cetts else []
   progress("cett")
+  percents = percents if cetts else ()
   result["ppl_p"] = [ppl_p(lambda value: at([value])[0], result["cett"], natural, percent) for percent in percents]
   progress("ppl_p")
   return result

@@ -1,5 +1,6 @@
 import csv
 import functools
+import html
 import io
 import json
 import math
@@ -245,19 +246,78 @@ def test_csv_files_hold_the_numbers_of_the_analysis(written):
   assert low == [("swiglu", 1.45), ("drelu", 1.45)]
 
 
-@pytest.mark.parametrize("case", ["full", "broken"])
-def test_the_page_draws_every_chart_without_an_error(case, written, tmp_path):
+def opened(path, profile, *options):
+  """What a browser makes of a page, as text."""
   browser = shutil.which("chromium") or shutil.which("google-chrome")
   if not browser:
     pytest.skip("no chromium to open the page with")
-  path = written(case) / "report.html"
-  options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-  options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+  options = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    *options,
+  ]
+  options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", "--dump-dom"]
   done = subprocess.run([browser, *options, f"file:///{path}"], capture_output=True, text=True, timeout=60)
   assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
-  figures = done.stdout.split('class="chart"')[1:]
+  return done.stdout
+
+
+@pytest.mark.parametrize("case", ["full", "broken"])
+def test_the_page_draws_every_chart_without_an_error(case, written, tmp_path):
+  figures = opened(written(case) / "report.html", tmp_path / "profile").split('class="chart"')[1:]
   assert len(figures) == len(charts.charts(files.strict(CASES[case])))
   assert all('role="img"' in figure and "NaN" not in figure.partition("</figure>")[0] for figure in figures)
+
+
+# Presses the controls as a hand would and notes what the page then shows.
+HAND = """
+const seen = {}, root = document.documentElement;
+const figure = (key) => document.querySelector(`[data-chart=${key}]`);
+const press = (f, name) => [...f.querySelectorAll("button")].find((b) => b.textContent === name).click();
+const lines = (f) => f.querySelectorAll("svg[role=img] path").length;
+const ticks = (f) => [...f.querySelectorAll("svg[role=img] text")].map((t) => t.textContent);
+const masked = figure("perplexity_vs_sparsity"), error = figure("expert_curves");
+seen.wide = root.scrollWidth - root.clientWidth;
+seen.lines = [lines(masked)];
+press(masked, "swiglu"); seen.lines.push(lines(masked));
+press(masked, "gate"); seen.lines.push(lines(masked));
+press(masked, "swiglu"); press(masked, "gate"); seen.lines.push(lines(masked));
+seen.log = [ticks(masked)]; press(masked, "log scale"); seen.log.push(ticks(masked));
+const select = error.querySelector("select");
+seen.views = select.options.length; seen.first = ticks(error);
+select.value = 5; select.onchange(); seen.sixth = ticks(error); seen.experts = lines(error);
+press(error, "each expert"); seen.mean = lines(error);
+const box = error.querySelector("svg[role=img]").getBoundingClientRect();
+const circle = error.querySelector("svg[role=img] circle:not(.hit)");
+const at = { clientX: box.left + +circle.getAttribute("cx"), clientY: box.top + +circle.getAttribute("cy") };
+error.querySelector("svg[role=img]").parentElement.dispatchEvent(new PointerEvent("pointermove", at));
+seen.tip = error.querySelector(".tip").hidden ? "" : error.querySelector(".tip").textContent;
+const shade = () => [getComputedStyle(root).colorScheme, getComputedStyle(document.body).backgroundColor];
+seen.themes = [shade()];
+for (let i = 0; i < 2; i++) { press(document.querySelector("header"), seen.themes.at(-1)[0] === "dark" ? "light" : "dark"); seen.themes.push(shade()); }
+document.body.innerHTML = "<pre id=seen></pre>"; document.getElementById("seen").textContent = JSON.stringify(seen);
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_the_controls_of_the_page_do_what_they_say(system, written, tmp_path):
+  page = (written("full") / "report.html").read_text().replace("</body>", f"<script>{HAND}</script></body>")
+  (tmp_path / "page.html").write_text(page)
+  scheme = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(system)}"
+  found = opened(tmp_path / "page.html", tmp_path / "profile", "--window-size=390,800", scheme)
+  seen = json.loads(html.unescape(found.partition('<pre id="seen">')[2].partition("</pre>")[0]))
+  assert seen["wide"] == 0  # nothing sticks out of a phone
+  assert seen["lines"] == [6, 3, 2, 6]  # three selections of two models
+  assert "1,000" in seen["log"][0] and "50" in seen["log"][0] and "0" in seen["log"][1]
+  assert seen["views"] == 8 and "error of the expert's output" in seen["first"] and "perplexity" in seen["sixth"]
+  assert (seen["experts"], seen["mean"]) == (9, 1)
+  assert seen["tip"].startswith("drelu · mean") and "50%" in seen["tip"] and "28" in seen["tip"]
+  colours = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 27)"}
+  order = [system, "light" if system == "dark" else "dark", system]
+  assert seen["themes"] == [[theme, colours[theme]] for theme in order]
 
 
 def test_summary_carries_numbers_and_the_run(tmp_path):

@@ -108,9 +108,10 @@ def threshold_methods(models: list[dict]) -> Chart:
     found = {k: v for k, v in (m.get("thresholds") or {}).items() if isinstance(v, list)}
     if found:
       points = {"top-k": m.get("curve") or []} | found
-      lines += [_series(m, sorted(_pairs(v, "sparsity", "perplexity")), k) for k, v in points.items()]
+      mark = lambda key: "dots" if key == "ppl_p" else "line"  # noqa: E731 a point, not a curve
+      lines += [_series(m, sorted(_pairs(v, "sparsity", "perplexity")), k, mark(k)) for k, v in points.items()]
       lines.append(_as_it_is(m))
-  view = View("", Axis("zeros in the hidden", percent=True), PERPLEXITY, _drawn(lines))
+  view = View("", Axis("zeros in the hidden (teal: weights that meet a zero)", percent=True), PERPLEXITY, _drawn(lines))
   terms = ("fat", "cats", "teal", "teal_down", "cett", "ppl_p", "calibration", "threshold sparsity")
   return Chart("threshold_methods", "Perplexity by training-free thresholds", "lines", [view], terms)
 

@@ -2,7 +2,7 @@
 (function () {
   "use strict";
   const DATA = JSON.parse(document.getElementById("data").textContent);
-  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4"];
+  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4", "2 2 2 6", "12 3 2 3 2 3"];
   const colour = (model) => DATA.colours[DATA.models.indexOf(model) % DATA.colours.length];
   const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => "&#" + c.charCodeAt(0) + ";");
   const unique = (list) => [...new Set(list)];
@@ -227,6 +227,19 @@
     draw();
   }
 
+  /* Light or dark: as the system says until this is pressed. */
+  function theme() {
+    const b = document.createElement("button"), root = document.documentElement;
+    const dark = () => getComputedStyle(root).colorScheme === "dark";
+    const named = () => { b.textContent = dark() ? "light" : "dark"; b.setAttribute("aria-label", b.textContent + " colours"); };
+    b.type = "button"; b.className = "theme";
+    b.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; named(); };
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", named);
+    named();
+    document.querySelector("header").append(b);
+  }
+
+  theme();
   document.querySelectorAll("figure.chart").forEach(start);
   if (window.innerWidth < 560) document.querySelectorAll("details").forEach((d) => { d.open = false; });
 })();

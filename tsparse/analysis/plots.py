@@ -8,7 +8,9 @@ from tsparse.analysis.charts import Axis, Chart, View
 # Okabe and Ito's colour-blind safe hues, set to a lightness that reads on white and on near-black alike.
 COLOURS = ("#2b83c4", "#d9692a", "#159a78", "#b5679d", "#a88a12")
 MARKERS = ("o", "s", "D", "^", "v")
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (4, 1, 1, 1, 1, 1)))
+DASHES = (
+  "-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1.5, 1.5, 1.5, 4)), (0, (8, 2, 1, 1)),
+)  # fmt: skip
 INK, GRID = "#24292f", "#8c959f"
 STYLE = {
   "axes.edgecolor": GRID,
@@ -68,7 +70,7 @@ def _lines(axes, view: View, models: list[str]):
     else:
       marker = MARKERS[i] if len(x) <= 40 and series.mark == "line" else None
       step = "steps-mid" if series.mark == "step" else "default"
-      axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % 5], marker=marker, ms=4, lw=2, drawstyle=step)
+      axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % len(DASHES)], marker=marker, ms=4, lw=2, drawstyle=step)
     end = max(series.points)
     if series.mark not in ("dots", "thin") and end > ends.get(series.model, ([-math.inf], ""))[0]:
       ends[series.model] = end, COLOURS[i]
@@ -78,10 +80,14 @@ def _lines(axes, view: View, models: list[str]):
   for number, style in enumerate(styles):
     scatter = all(series.mark == "dots" for series in view.data if series.style == style)
     thin = any(series.mark == "thin" for series in view.data if series.style == style)
-    look = {"marker": ".", "ls": ""} if scatter else {"ls": "-", "lw": 0.9} if thin else {"ls": DASHES[number % 5]}
+    look = (
+      {"marker": ".", "ls": ""} if scatter else {"ls": "-", "lw": 0.9} if thin else {"ls": DASHES[number % len(DASHES)]}
+    )
     axes.plot([], [], color=GRID, label=style, **({"lw": 2} | look))
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=10, handletextpad=0.5, borderaxespad=0)
+    axes.legend(
+      loc="best", frameon=False, labelcolor=INK, fontsize=10, handlelength=2.6, handletextpad=0.5, borderaxespad=0
+    )
   _scale(axes.xaxis, view.x, xs)
   _scale(axes.yaxis, view.y, ys)
   _label_ends(axes, [(*point, name, colour) for name, (point, colour) in ends.items()])
@@ -136,6 +142,8 @@ def _scale(axis, settings: Axis, values: list[float]):
     axes.set(**{f"{name}lim": (0.95 * low, max(1.2 * low, 1.05 * high))})
   elif settings.label in ("layer", "expert"):
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  else:
+    axis.set_major_locator(MaxNLocator(6))
 
 
 def _label_ends(axes, ends, gap=15):

@@ -19,6 +19,7 @@ from tsparse.errors import UserError
 
 MODEL = flags.DEFINE_multi_string("model", [], "A workdir of ours or a Hugging Face directory; may be repeated.")
 DATA = flags.DEFINE_string("data", None, "The text to evaluate on.")
+ALSO = flags.DEFINE_string("also", "", "Another text: loss and zeros on it too, and whether the same neurons are hot.")
 ROOT = flags.DEFINE_string("root", "", "Folder or bucket with the sources of a mixture.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of .jsonl lines and .parquet columns, that holds the text.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
@@ -71,6 +72,7 @@ def main():
     eos=EOS.value,
     root=ROOT.value,
     text_field=TEXT_FIELD.value,
+    also=ALSO.value,
   )
 
 

@@ -256,6 +256,16 @@ def test_neurons_are_hot_by_how_often_they_fire():
     assert stability["hot_overlap"]["per_layer"][layer] == len(hottest[0] & hottest[1]) / len(hottest[0])
 
 
+def test_neurons_are_counted_by_their_own_zeros():
+  found = observed("1 device")[1]["neurons"]["frequency"]
+  zeros = layers(lambda ffn: np.concatenate([
+    (ffn["hidden"][..., e, :][ffn["reached"][..., e] > 0] == 0).mean(0) for e in range(ffn["reached"].shape[-1])
+  ]))  # fmt: skip
+  for of_layer, wanted in zip(found["per_layer"], map(np.concatenate, zeros), strict=True):
+    np.testing.assert_allclose(of_layer, np.histogram(wanted, 20, (0, 1))[0] / len(wanted), atol=1.01 / len(wanted))
+    assert sum(of_layer) == pytest.approx(1)
+
+
 def test_pairs_that_fire_together_are_found():
   natural, found = observed("1 device")
   pairs = found["neurons"]["coactivation"]

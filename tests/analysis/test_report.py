@@ -84,6 +84,10 @@ def full(name, activation, perplexity, zeros, experts=1):
     "neurons": {
       "cdf": {"share_of_neurons": share.tolist(), "share_of_activations": (1 - (1 - share) ** (2 + zeros)).tolist()},
       "hot_share_80": {"per_layer": [0.3] * layers, "mean": 0.3},
+      "frequency": {"edges": np.linspace(0, 1, 5).tolist(), "per_layer": [[0.1, 0.2, 0.3, 0.4]] * layers},
+      "between": [
+        {"texts": ["web", "code"], "hot_overlap": {"mean": 0.75}, "rank_correlation": {"mean": 0.5}}
+      ],
       "stability": {"hot_overlap": {"mean": 0.92, "per_layer": [0.92] * layers}},
       "coactivation": {},
     },
@@ -205,13 +209,14 @@ def test_everything_an_analysis_can_have_is_shown(written):
   page = (written("full") / "report.html").read_text()
   assert {chart.key for chart in charts.charts(files.strict(CASES["full"]))} == {
     "intervals", "perplexity_vs_sparsity", "threshold_methods", "zeros_per_layer", "zeros_per_position", "histograms",
-    "expert_load", "expert_curves", "expert_thresholds", "neuron_cdf", "union_zeros", "union_speedup",
+    "expert_load", "expert_curves", "expert_thresholds", "neuron_cdf", "neuron_frequency", "union_zeros",
+    "union_speedup",
   }  # fmt: skip
   shown = {table.key: table for table in report.tables(CASES["full"])}
   assert set(shown) == {
     "quality", "masked_hidden", "masked_gate", "masked_contribution", "confidence", "comparisons", "methods", "ppl_p",
-    "experts", "experts_masked", "neurons", "union_batch", "union_window", "accounting", "paper_1", "paper_2",
-    "paper_3",
+    "experts", "experts_masked", "neurons", "neurons_between", "union_batch", "union_window", "accounting", "paper_1",
+    "paper_2", "paper_3",
   }  # fmt: skip
   assert all(f"<h3>{table.title}" in page.replace("&#x27;", "'") for table in shown.values())
   # one table: SwiGLU by CATS at 50 %, and dReLU by top-k at 90 %
@@ -222,6 +227,7 @@ def test_everything_an_analysis_can_have_is_shown(written):
     ["drelu", "50%", "1.5%", "0.0%", "3.0%", "3.6", "28.00", "28.00", "28.00", "3.7"],
     ["drelu", "90%", "40.0%", "10.0%", "70.0%", "3.6", "33.50", "28.50", "38.50", "3.7"],
   ]
+  assert shown["neurons_between"].rows[1] == ["drelu", "web and code", "75.0%", "0.500"]
   assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
   drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
   assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"

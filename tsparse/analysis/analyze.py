@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsparse.analysis import accounting, confidence, experts, masks, observe
+from tsparse.analysis import accounting, confidence, experts, masks, neurons, observe
 from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet
 from tsparse.data import accounting as data_accounting
@@ -65,7 +65,7 @@ def analyze(
     mask_shared: mask shared experts too.
     parts: of what is beyond zeros and masks, some of observe.PARTS.
     calibration: other documents, to find thresholds on; None for the same.
-    by_source: held-out batches of each source of a mixture.
+    by_source: held-out batches of other texts, such as each source of a mixture; one may be `data`.
     keep: called with the counts of every neuron.
     progress: called with a line after each forward pass and then each piece of work: `passes` of them.
 
@@ -92,6 +92,12 @@ def analyze(
   observed = observe.observe(
     model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
   )
+  others = {
+    text: natural if held_out is data else evaluate(model, params, held_out.batches, mesh)
+    for text, held_out in (by_source or {}).items()
+  }
+  if "neurons" in observed and len(others) > 1:
+    observed["neurons"]["between"] = neurons.between({text: found.counts for text, found in others.items()})
   statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
   points = iter(results)
   curves = [
@@ -119,20 +125,17 @@ def analyze(
     "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
     "curves": curves,
     "mask_shared": mask_shared,
-    "sources": [quality_on(name, held_out, model, params, mesh) for name, held_out in (by_source or {}).items()],
+    "sources": [quality_on(text, found, by_source[text].documents) for text, found in others.items()],
     "confidence": confidence.confidence(natural.documents),
     "per_document": confidence.per_document(natural.documents),
     **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
 
 
-def quality_on(
-  name: str, held_out: EvaluationSet, model: Transformer, params: Any, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-  """An entry of "sources": loss and zeros on what one source of a mixture holds out."""
-  found = evaluate(model, params, held_out.batches, mesh)
+def quality_on(name: str, found: Evaluation, documents: int) -> dict[str, Any]:
+  """An entry of "sources": loss and zeros on another text, such as what one source of a mixture holds out."""
   quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
-  return {"name": name, **quality, "tokens": found.tokens, "documents": held_out.documents}
+  return {"name": name, **quality, "tokens": found.tokens, "documents": documents}
 
 
 def passes(

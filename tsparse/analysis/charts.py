@@ -166,6 +166,22 @@ def neuron_cdf(models: list[dict]) -> Chart:
   return Chart("neuron_cdf", "Hot and cold neurons", "lines", [view], ("neurons", "cdf", "hot_share_80"))
 
 
+def neuron_frequency(models: list[dict]) -> Chart:
+  """How the zeros are spread over neurons: of all layers together, and of each."""
+  having = [(m, m["neurons"]["frequency"]) for m in models if (m.get("neurons") or {}).get("frequency")]
+  views = []
+  for layer in range(-1, max((len(found["per_layer"]) for _, found in having), default=-1)):  # -1: all
+    lines = []
+    for m, found in having:
+      of_layers = found["per_layer"] if layer < 0 else found["per_layer"][layer:][:1]
+      shares = [sum(bins) / len(of_layers) for bins in zip(*of_layers, strict=True)]
+      middles = [(a + b) / 2 for a, b in zip(found["edges"], found["edges"][1:], strict=False)]
+      lines.append(_series(m, list(zip(middles, shares, strict=False)), mark="step"))
+    x, y = Axis("zeros of a neuron", percent=True, limits=(0, 1)), Axis("share of the neurons", percent=True)
+    views.append(View("all layers" if layer < 0 else f"layer {layer}", x, y, _drawn(lines)))
+  return Chart("neuron_frequency", "Zeros by neuron", "lines", views, ("frequency",))
+
+
 def union_zeros(models: list[dict]) -> Chart:
   """What is left of the zeros when several tokens are decoded together."""
   y = Axis("neurons that none of them needs", percent=True, limits=(0, 1))
@@ -255,7 +271,7 @@ def intervals(models: list[dict]) -> Chart:
 
 MAKERS = (
   intervals, perplexity_vs_sparsity, threshold_methods, zeros_per_layer, zeros_per_position, histograms, expert_load,
-  expert_curves, expert_thresholds, neuron_cdf, union_zeros, union_speedup,
+  expert_curves, expert_thresholds, neuron_cdf, neuron_frequency, union_zeros, union_speedup,
 )  # fmt: skip
 
 

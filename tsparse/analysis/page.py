@@ -21,7 +21,7 @@ SECTIONS = {
   ),
   "Where the zeros are": ("zeros_per_layer", "zeros_per_position", "histograms", "expert_load", "experts"),
   "Each expert": ("expert_curves", "experts_masked", "expert_thresholds"),
-  "Hot and cold neurons": ("neuron_cdf", "neurons"),
+  "Hot and cold neurons": ("neuron_cdf", "neurons", "neurons_between", "neuron_frequency"),
   "Beyond one token": ("union_zeros", "union_speedup", "union_batch", "union_window"),
   "Parameters and operations": ("accounting",),
   "Beside the paper": ("paper_1", "paper_2", "paper_3"),

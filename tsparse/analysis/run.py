@@ -118,6 +118,7 @@ def run(
   eos: bool | None = None,
   root: str = "",
   text_field: str = "text",
+  also: str = "",
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
@@ -138,6 +139,7 @@ def run(
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
+    also: another D, on which loss, zeros and hot neurons are compared with those on `data`; "" for none.
     console: where progress and tables are printed.
 
   Raises:
@@ -145,6 +147,8 @@ def run(
   """
   console = console or Console()
   check_selections(selections)
+  if also == data:
+    raise UserError(f"--also={also} is the same as --data: give another text, or leave it out.")
   check_parts(parts)
   neurons.check_form(export)
   files.check_new(out)
@@ -169,7 +173,7 @@ def run(
   with console.status("reading the data"):
     settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
     sizes = {"seq_len": seq_len, "batch_size": batch_size}
-    texts = _texts(stored, settings, max_tokens=tokens, **sizes)
+    texts = _texts(stored, settings, also, max_tokens=tokens, **sizes)
     others = [
       _calibration(model, settings, text, sizes) if "thresholds" in parts else None
       for model, (text, _) in zip(stored, texts, strict=True)
@@ -243,9 +247,10 @@ def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:
 
 
 def _texts(
-  stored: Sequence[Model], data: DataSettings, **sizes
+  stored: Sequence[Model], data: DataSettings, also: str, **sizes
 ) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
-  """The batches of each model, of the whole and of each source, tokenized once for each vocabulary."""
+  """The batches of each model, of the whole and of each source and what is `also` read, tokenized once for each
+  vocabulary."""
   known: list[tuple[Any, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
   result = []
   for model in stored:
@@ -264,7 +269,11 @@ def _texts(
           f"--data={data.validation} holds {text.tokens} tokens, less than a row of {sizes['seq_len']}: give more, or "
           f"--seq_len={text.tokens} at most."
         )
-      found = text, evaluation_by_source(own, **sizes)
+      sources = evaluation_by_source(own, **sizes)
+      if also:
+        second = evaluation_batches(dataclasses.replace(own, validation=also), **sizes)
+        sources = (sources or {data.validation: text}) | {also: second}
+      found = text, sources
       known.append((vocabulary, found))
     result.append(found)
   return result

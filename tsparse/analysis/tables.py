@@ -210,6 +210,14 @@ def neurons(models: list[dict]) -> Iterator[Table]:
     columns = ["model", "neurons that make 80%", "hottest 20% kept", "rank correlation"]
     terms = ("neurons", "hot_share_80", "stability", "coactivation")
     yield Table("Hot neurons", columns, rows, key="neurons", terms=terms)
+  rows = []
+  for m in models:
+    for pair in (m.get("neurons") or {}).get("between") or ():
+      kept = [pair[key]["mean"] for key in ("hot_overlap", "rank_correlation")]
+      rows.append([m["name"], " and ".join(pair["texts"]), percent(kept[0]), number(kept[1])])
+  if rows:
+    columns = ["model", "texts", "hottest 20% kept", "rank correlation"]
+    yield Table("Hot neurons on different texts", columns, rows, 2, key="neurons_between", terms=("stability",))
 
 
 def unions(models: list[dict]) -> Iterator[Table]:
@@ -250,7 +258,7 @@ def accounts(models: list[dict]) -> Iterator[Table]:
 
 
 def by_source(models: list[dict]) -> Iterator[Table]:
-  """Of mixtures: loss and zeros of every model on what each source holds out."""
+  """Loss and zeros of every model on other texts, such as what each source of a mixture holds out."""
   models = [m for m in models if m.get("sources")]
   if not models:
     return

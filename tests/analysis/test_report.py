@@ -58,7 +58,7 @@ def full(name, activation, perplexity, zeros, experts=1):
   sizes = {"batch": (1, 2, 4, 8, 16, 32, 64, 128), "window": (1, 2, 4, 8, 16)}
   share = np.linspace(0, 1, 101)
   return m | {
-    "vocabulary": "bytes",
+    "vocabulary": "bytes", "training_loss": 1.625,
     "curve": [cost(s) for s in levels],
     "curves": [
       {"selection": key, "points": [cost(min(0.99, s * f)) | {"sparsity": s} for s in levels]}
@@ -231,6 +231,7 @@ def test_everything_an_analysis_can_have_is_shown(written):
   assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
   drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
   assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"
+  assert [row[2:] for row in shown["paper_2"].rows][2:] == [["1.625", "1.500", "28.48"], ["1.625", "1.500", "28.45"]]
   assert "Not a reproduction" in page and "1.05M parameters, 2.05M tokens seen" in page
   for term, text in CASES["full"]["definitions"].items():
     assert f"<dt>{term.replace('_', ' ')}</dt>" in page, text

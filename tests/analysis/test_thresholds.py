@@ -101,9 +101,10 @@ def test_the_search_meets_its_targets_in_every_layer_with_thresholds_of_one_shap
 
 
 def test_each_expert_has_thresholds_of_its_own():
-  """A model with a dense first layer, routed and shared experts, calibrated on the text that is shown in `raw`."""
+  """A model with a dense first layer, routed and shared experts, calibrated
+  on 8 devices on the text that is shown in `raw` by one."""
   model, params, data = tiny()
-  with jax.set_mesh(mesh := mesh_of({})):
+  with jax.set_mesh(mesh := mesh_of({"data": 2, "expert": 2, "tensor": 2})):
     natural = evaluate(model, params, data.batches, mesh)
     found = thresholds.threshold_curves(model, params, data, mesh, natural, data, (0.9,), cetts=())
   assert found["cett"] == found["ppl_p"] == []

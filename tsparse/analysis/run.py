@@ -31,6 +31,7 @@ from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
+from tsparse.train.log import final_loss
 
 SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
 CALIBRATION_TOKENS = 8192  # that thresholds are found on
@@ -81,7 +82,7 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
   model = Transformer(case.config)
   shapes, logical = abstract_parameters(model)
   params, tokens = case.stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))
-  return analyze(
+  made = analyze(
     case.name,
     model,
     params,
@@ -99,6 +100,8 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     keep=case.keep,
     progress=bar.advance,
   )
+  trained = case.stored.step and case.config.activation == case.stored.config.activation  # here, and as it is analysed
+  return made | ({"training_loss": final_loss(case.stored.path, case.stored.step)} if trained else {})
 
 
 def run(

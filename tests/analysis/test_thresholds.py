@@ -101,10 +101,9 @@ def test_the_search_meets_its_targets_in_every_layer_with_thresholds_of_one_shap
 
 
 def test_each_expert_has_thresholds_of_its_own():
-  """A model with a dense first layer, routed and shared experts, calibrated
-  on 8 devices on the text that is shown in `raw` by one."""
+  """A model with a dense first layer, routed and shared experts, calibrated on the text that is shown in `raw`."""
   model, params, data = tiny()
-  with jax.set_mesh(mesh := mesh_of({"data": 2, "expert": 2, "tensor": 2})):
+  with jax.set_mesh(mesh := mesh_of({})):
     natural = evaluate(model, params, data.batches, mesh)
     found = thresholds.threshold_curves(model, params, data, mesh, natural, data, (0.9,), cetts=())
   assert found["cett"] == found["ppl_p"] == []
@@ -137,13 +136,15 @@ def test_an_expert_that_no_token_reached_has_the_thresholds_of_its_layer():
   scale = np.array([[1.0, 1.0, 1.0], [4.0, 4.0, 4.0]])[..., None]
 
   def probe_of(model, params, batches, mesh, observe, settings):
-    number = np.array([[10, 0, 20], [5, 5, 5]])[..., None]
-    sums = {"ffn": ((1 - np.exp(-np.asarray(settings["ffn"]) / scale))[..., None] * number[..., None], number)}
-    return SimpleNamespace(sums=sums | {"first": (np.asarray(settings["first"])[..., None], np.ones((1, 1, 1)))})
+    number, epsilon = np.array([[10, 0, 20], [5, 5, 5]])[..., None], np.asarray(settings["ffn"]["share"])
+    share = (1 - np.exp(-epsilon / scale))[..., None] * number[..., None]
+    of_first = np.asarray(settings["first"]["share"])[..., None], np.ones((1, 1, 1))
+    return SimpleNamespace(sums={"ffn": {"share": (share, number)}, "first": {"share": of_first}})
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(calibration, "probe", probe_of)
-    found = calibration.Calibrator(None, None, None, None).curves(None, ffns, [0.5]).at([0.5])
+    measures = {"share": calibration.Measure(None, ffns)}
+    found = calibration.Calibrator(None, None, None, None).thresholds(measures, [0.5])["share"].at([0.5])
   np.testing.assert_allclose(ffns.by_kind(found)["ffn"][..., 0], np.log(2) * scale[..., 0] * np.ones(3), rtol=5e-3)
 
 

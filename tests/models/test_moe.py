@@ -55,7 +55,7 @@ def compiled(impl, mesh, masked):
   def outputs(x, router, experts, predictors):
     logits = router_logits(x, router)
     out, counts = moe(
-      impl, x, logits, experts, VALID, activation("drelu"), 2, True, predictors, intervene, by_token=True
+      impl, x, logits, experts, VALID, activation("drelu"), 2, True, predictors, intervene, by_token=masked
     )
     return jnp.sum(out * jnp.cos(jnp.arange(D))), (out, counts)
 
@@ -112,7 +112,7 @@ MODEL = dataclasses.replace(
 
 @functools.cache
 def logits_and_gradients(impl, mesh):
-  model = Transformer(dataclasses.replace(MODEL, moe_impl=impl), by_token=True)
+  model = Transformer(dataclasses.replace(MODEL, moe_impl=impl))
   params = jax.jit(lambda key: init_parameters(model, key))(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, MODEL.vocab_size)
   segments = (jnp.arange(12) < 9).astype(jnp.int32) * jnp.ones((8, 1), jnp.int32)

@@ -7,13 +7,14 @@ the FFNs of a model stand in a row [N], those of each kind together (`FFNs`).
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tsparse.analysis.probe import Observe, probe
+from tsparse.analysis.statistics import Together
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.transformer import Transformer
 
@@ -100,6 +101,33 @@ def search(
   return curves
 
 
+class Measure(NamedTuple):
+  """Something that rises with a threshold.
+
+  Attributes:
+    observe: called with the thresholds [E, G] of a layer; returns sums [E, G, ...] and of how many they are, [E, ...].
+    ffns: which have thresholds of their own.
+    together: whether the values are those of all FFNs at once.
+  """
+
+  observe: Observe
+  ffns: FFNs
+  together: bool = False
+
+  def values(self, sums: dict[str, tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) -> np.ndarray:
+    """[N, G], of what was observed by kind of FFN. An expert that no token reached gets the mean of its layer."""
+    if self.together:
+      total, number = (sum(of[i].sum(axis) for of in sums.values()) for i, axis in ((0, (0, 1, 3)), (1, None)))
+      return np.broadcast_to(total / number, shape)
+    values = {}
+    for kind, (total, number) in sums.items():  # [L, E, G, ...], [L, E, ...]
+      number = number.sum(-1, keepdims=True)  # [L, E, 1]
+      with np.errstate(invalid="ignore"):
+        found = total.sum(-1) / number
+      values[kind] = np.where(number > 0, found, np.nanmean(found, axis=1, keepdims=True))
+    return self.ffns.row(values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibrator:
   """A model and the text that its thresholds are found on.
@@ -116,24 +144,23 @@ class Calibrator:
   batches: Sequence[dict[str, np.ndarray]]
   mesh: jax.sharding.Mesh
 
-  def curves(self, observe: Observe, ffns: FFNs, targets: Sequence[float], together: bool = False) -> Curves:
-    """`search` for the targets of what is observed at thresholds; `together` of all FFNs at once, at one epsilon.
+  def thresholds(self, measures: dict[str, Measure], targets: Sequence[float]) -> dict[str, Curves]:
+    """`search` for the targets of each measure, of all in the same passes over the text."""
+    together = Together(tuple((name, measure.observe) for name, measure in measures.items()))
+    ends = np.cumsum([measure.ffns.number for measure in measures.values()])
 
-    `observe` is called with the thresholds [E, G] of a layer and returns sums [E, G, ...] and of how many they are,
-    [E, ...]. An expert that no token reached has no values: it gets the mean of those of its layer.
-    """
+    def split(row: np.ndarray) -> dict[str, np.ndarray]:
+      return dict(zip(measures, np.split(row, ends[:-1]), strict=True))
 
-    def measure(epsilon):
-      settings = {kind: jnp.asarray(e, jnp.float32) for kind, e in ffns.by_kind(epsilon).items()}
-      sums, values = probe(self.model, self.params, self.batches, self.mesh, observe, settings).sums, {}
-      if together:
-        total, number = (sum(of[i].sum(axis) for of in sums.values()) for i, axis in ((0, (0, 1, 3)), (1, None)))
-        return np.broadcast_to(total / number, epsilon.shape)
-      for kind, (total, number) in sums.items():  # [L, E, G, ...], [L, E, ...]
-        number = number.sum(-1, keepdims=True)  # [L, E, 1]
-        with np.errstate(invalid="ignore"):
-          found = total.sum(-1) / number
-        values[kind] = np.where(number > 0, found, np.nanmean(found, axis=1, keepdims=True))
-      return ffns.row(values)
+    def measure(epsilon: np.ndarray) -> np.ndarray:
+      parts, settings = split(epsilon), {}
+      for name, part in parts.items():
+        for kind, of_kind in measures[name].ffns.by_kind(part).items():
+          settings.setdefault(kind, {})[name] = jnp.asarray(of_kind, jnp.float32)
+      sums = probe(self.model, self.params, self.batches, self.mesh, together, settings).sums
+      by_name = {name: {kind: found[name] for kind, found in sums.items()} for name in measures}
+      return np.concatenate([measures[name].values(by_name[name], part.shape) for name, part in parts.items()])
 
-    return search(measure, ffns.number, targets)
+    curves = search(measure, ends[-1], targets)
+    epsilon, value = split(curves.epsilon), split(curves.value)
+    return {name: Curves(epsilon[name], value[name]) for name in measures}

@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 
 from tsparse.activations import activation
-from tsparse.analysis.calibration import Calibrator, FFNs
+from tsparse.analysis.calibration import Calibrator, FFNs, Measure
 from tsparse.analysis.masks import down_norms
 from tsparse.analysis.probe import Seen, probe
 from tsparse.data import EvaluationSet
@@ -263,7 +263,12 @@ def threshold_curves(
   config, act, targets = model.config, model.config.activation, [level for level in levels if level > 0]
   norms = jax.jit(down_norms, static_argnums=0)(config, params)
   ffns, inputs = FFNs.of(config), FFNs.of(config, each_expert=False)
-  below = {"fat": hidden_below, "teal_down": hidden_below, "cats": GateBelow(act)}
+  measures = {
+    "fat": Measure(hidden_below, ffns, together=True),
+    "teal_down": Measure(hidden_below, ffns),
+    "cats": Measure(GateBelow(act), ffns),
+    "input": Measure(input_below, inputs),
+  }
   interventions = {
     "fat": lambda kind, epsilon: Magnitude(epsilon),
     "teal_down": lambda kind, epsilon: Magnitude(epsilon),
@@ -273,8 +278,8 @@ def threshold_curves(
   traced = lambda ffns, row: {kind: jnp.asarray(e, jnp.float32) for kind, e in ffns.by_kind(row).items()}  # noqa: E731
 
   def masked(method: str, epsilons: np.ndarray) -> list[dict[str, float]]:
-    """Points of the curve of a method at the thresholds [N, G]."""
-    each = [{k: interventions[method](k, e) for k, e in traced(ffns, column).items()} for column in epsilons.T]
+    """Points of the curve of a method at the thresholds [G, N]."""
+    each = [{k: interventions[method](k, e) for k, e in traced(ffns, row).items()} for row in epsilons]
     found = evaluate_each(model, params, data.batches, mesh, each)
     return [{"sparsity": e.zero_fraction, "loss": e.loss, "perplexity": e.perplexity} for e in found]
 
@@ -302,31 +307,29 @@ def threshold_curves(
       "held_out": calibration is not data,
     }
   }
-  thresholds = {}
-  for name, observe in below.items():
+  found = calibrator.thresholds(measures, targets) if targets else {}
+  epsilons = {name: curves.at(targets).T for name, curves in found.items()}  # [targets, N]
+  for name in ("fat", "teal_down", "cats"):
     result[name] = []
-    if targets:
-      epsilons = calibrator.curves(observe, ffns, targets, together=name == "fat").at(targets)  # [N, targets]
-      thresholds[name] = epsilons
-      for target, epsilon, point in zip(targets, epsilons.T, masked(name, epsilons), strict=True):
-        where = {"epsilon": float(epsilon[0])} if name == "fat" else _stated(ffns, epsilon)
-        result[name].append({"target": target} | where | point)
+    for target, epsilon, point in (
+      zip(targets, epsilons[name], masked(name, epsilons[name]), strict=True) if found else ()
+    ):
+      where = {"epsilon": float(epsilon[0])} if name == "fat" else _stated(ffns, epsilon)
+      result[name].append({"target": target} | where | point)
     progress(name)
   result["teal"] = []
-  if targets:
-    of_input = calibrator.curves(input_below, inputs, targets).at(targets)
-    for target, epsilon, read in zip(targets, thresholds["teal_down"].T, of_input.T, strict=True):
-      layers = [inputs.by_kind(read)[kind][:, 0] for kind in ("first", "ffn") if kind in inputs.shapes]
-      where = {"input_epsilon_per_layer": np.concatenate(layers).tolist()}
-      result["teal"].append({"target": target} | _stated(ffns, epsilon) | where | teal(epsilon, read))
+  for target, epsilon, read in zip(targets, epsilons["teal_down"], epsilons["input"], strict=True) if found else ():
+    layers = [inputs.by_kind(read)[kind][:, 0] for kind in ("first", "ffn") if kind in inputs.shapes]
+    where = {"input_epsilon_per_layer": np.concatenate(layers).tolist()}
+    result["teal"].append({"target": target} | _stated(ffns, epsilon) | where | teal(epsilon, read))
   progress("teal")
-  curves = calibrator.curves(cett, ffns, cetts) if cetts else None
+  curves = calibrator.thresholds({"cett": Measure(cett, ffns)}, cetts)["cett"] if cetts else None
 
   def at(values: Sequence[float]) -> list[dict[str, Any]]:
-    epsilons = curves.at(values)
+    epsilons = curves.at(values).T
     return [
       {"cett": value} | _stated(ffns, epsilon) | point
-      for value, epsilon, point in zip(values, epsilons.T, masked("cett", epsilons), strict=True)
+      for value, epsilon, point in zip(values, epsilons, masked("cett", epsilons), strict=True)
     ]
 
   result["cett"] = at(cetts) if cetts else []

@@ -19,6 +19,7 @@ from tsparse.errors import UserError
 
 MODEL = flags.DEFINE_multi_string("model", [], "A workdir of ours or a Hugging Face directory; may be repeated.")
 DATA = flags.DEFINE_string("data", None, "The text to evaluate on.")
+ALSO = flags.DEFINE_string("also", "", "Another text: loss and zeros on it too, and whether the same neurons are hot.")
 ROOT = flags.DEFINE_string("root", "", "Folder or bucket with the sources of a mixture.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Of .jsonl lines and .parquet columns, that holds the text.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
@@ -29,7 +30,10 @@ SELECTION = flags.DEFINE_list(
 MASK_SHARED = flags.DEFINE_boolean("mask_shared", False, "Mask shared experts too; the paper does not say if it did.")
 PAPER = flags.DEFINE_boolean("paper", False, "Add Tables 1-3 of Turbo Sparse, its numbers beside these.")
 PARTS = flags.DEFINE_list(
-  "parts", "counts,tokens,thresholds", "What is measured beside zeros and masks; each takes longer than the one before."
+  "parts",
+  "counts,tokens,thresholds",
+  "What is measured beside zeros and masks; each takes longer than the one before. "
+  "`experts` masks one expert after the other: a pass over the text for each of all layers at each level.",
 )
 EXPORT = flags.DEFINE_string(
   "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."
@@ -68,6 +72,7 @@ def main():
     eos=EOS.value,
     root=ROOT.value,
     text_field=TEXT_FIELD.value,
+    also=ALSO.value,
   )
 
 

@@ -67,11 +67,14 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [32, 36], ids=["parameters split over 8 devices", "36 does not divide: copied"])
 def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, tmp_path):
+  import torch
+
   theirs = save_bytes_model(tmp_path / "a" / "model", hidden_size=width, num_attention_heads=2)
   convert(tmp_path / "a" / "model", tmp_path / "b" / "model", "tsparse", activation="drelu")
   text = save_texts(tmp_path / "text.jsonl", TEXTS)
   out = tmp_path / "out" / "here"
   settings = {"levels": (0.0, 0.5), "selections": ("hidden", "gate", "up", "contribution"), "paper": True}
+  settings |= {"export": "powerinfer", "also": str(save_texts(tmp_path / "backwards.jsonl", TEXTS[::-1]))}
   made = analyze([tmp_path / "a" / "model", tmp_path / "b" / "model"], text, out, **settings)
 
   documents = [[byte + 3 for byte in text.encode()] + [1] for text in TEXTS]
@@ -89,12 +92,20 @@ def test_models_side_by_side_have_the_loss_and_the_zeros_of_transformers(width, 
 
   assert {path.name for path in (tmp_path / "out").iterdir()} == {"here"}
   assert {path.name for path in out.iterdir()} == {
-    "report.html", "analysis.json", "summary.json", "csv",
-    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png", "neuron_cdf.png", "union_zeros.png",
-    "union_speedup.png",
+    "report.html", "analysis.json", "summary.json", "csv", "activation",
+    "intervals.png", "perplexity_vs_sparsity.png", "zeros_per_layer.png", "neuron_cdf.png", "neuron_frequency.png",
+    "union_zeros.png", "union_speedup.png",
   }  # fmt: skip
   assert [curve["selection"] for curve in drelu["curves"]] == list(settings["selections"])
   assert relu["curves"][0]["points"] == relu["curve"] != relu["curves"][1]["points"]
+  for model, found in ((relu, zeros), (drelu, drelu["zero_fraction"]["mean"])):
+    fired = [torch.load(out / "activation" / model["name"] / f"activation_{layer}.pt") for layer in (0, 1)]
+    assert [x.shape for x in fired] == [(48,), (48,)] and fired[0].dtype == torch.float32
+    assert float(sum(x.sum() for x in fired)) == pytest.approx((1 - found) * tokens * 2 * 48, rel=1e-5)
+    assert [source["name"] for source in model["sources"]] == [str(text), settings["also"]]  # the same documents
+    assert [source["loss"] for source in model["sources"]] == pytest.approx([model["loss"]] * 2)
+    (texts,) = model["neurons"]["between"]
+    assert texts["hot_overlap"]["mean"] == texts["rank_correlation"]["mean"] == pytest.approx(1)
   (pair,) = made["comparisons"]  # the same documents
   assert pair["difference"] == pytest.approx(drelu["loss"] - relu["loss"]) and pair["interval"][0] < pair["interval"][1]
   assert sum(drelu["per_document"]["tokens"]) == tokens and len(drelu["per_document"]["nll"]) == 40
@@ -144,6 +155,8 @@ def test_only_a_part_of_the_text_is_said(small, tmp_path):
     ({"data": "{tmp}/short.jsonl"}, "holds 11 tokens, less than a row of 64"),
     ({"selections": ("hidden", "contributions")}, "'contributions' is unknown, the nearest is 'contribution'"),
     ({"batch_size": 12}, "use a multiple of 8"),
+    ({"parts": ("experts",)}, "no --model has experts"),
+    ({"also": "nothing"}, "Unknown data 'nothing'"),
     ({"memory": 100}, "does not fit"),
   ],
 )

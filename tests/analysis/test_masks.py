@@ -153,7 +153,7 @@ def test_a_sweep_compiles_once_for_each_selection_and_places_the_data_once(monke
   assert len({point["loss"] for curve in result["curves"] for point in curve["points"][1:]}) == 9
   assert result["curve"] == result["curves"][1]["points"]
   assert perplexity.compiled._cache_size() == before + 4 and len(placed) == len(data.batches)
-  assert len(done) == passes(data, **settings)
+  assert len(done) == passes(model.config, data, **settings)
 
 
 def test_layers_of_several_ffns_are_reported_together():

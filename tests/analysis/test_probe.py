@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from tests.analysis.test_masks import held_out
 from tsparse import sharding
-from tsparse.analysis import neurons, unions
+from tsparse.analysis import experts, neurons, unions
 from tsparse.analysis.observe import observe
-from tsparse.analysis.probe import probe
+from tsparse.analysis.probe import by_kind, probe
 from tsparse.errors import UserError
-from tsparse.evaluate.perplexity import evaluate
+from tsparse.evaluate.perplexity import evaluate, evaluate_each
 from tsparse.models.config import PRESETS, parameter_counts
 from tsparse.models.transformer import Transformer, init_parameters
 
@@ -23,7 +24,7 @@ MOE = dataclasses.replace(
   shared_d_ff=12, shared_gate=True, dense_layers=1, dense_d_ff=40,
 )  # fmt: skip
 MESHES = {"1 device": {}, "8 devices": {"data": 2, "expert": 2, "tensor": 2}}
-SEEN = ("gate", "up", "hidden", "reached", "down", "positions")
+SEEN = ("x", "gate", "up", "hidden", "reached", "down", "positions")
 
 
 def mesh_of(sizes):
@@ -49,8 +50,8 @@ def observed(mesh):
   model, params, data = tiny()
   mesh = mesh_of(MESHES[mesh])
   with jax.set_mesh(mesh):
-    natural = evaluate(model, params, data.batches, mesh)
-    return natural, observe(model, params, data, mesh, natural, parts=("counts", "tokens"))
+    natural = evaluate_each(model, params, data.batches, mesh, [None], lambda: None, data.document_ids, 16)[0]
+    return natural, observe(model, params, data, mesh, natural, parts=("counts", "tokens"), levels=(0.0, 0.8, 0.95))
 
 
 def everything(seen, settings):
@@ -80,8 +81,9 @@ def test_losses_counts_and_routing_are_those_of_the_model():
   with jax.set_mesh(mesh := mesh_of({})):
     plain = evaluate(model, params, data.batches, mesh)
     probed = probe(
-      model, params, data.batches, mesh, lambda seen, layer: (seen.reached.sum((0, 1)), layer), jnp.arange(3)
-    )
+      model, params, data.batches, mesh, lambda seen, layer: (seen.reached.sum((0, 1)), layer),
+      by_kind(jnp.arange(3), MOE),
+    )  # fmt: skip
   assert probed.tokens == plain.tokens and probed.nll == pytest.approx(plain.nll, rel=1e-6)
   for kind, counts in plain.counts.items():
     np.testing.assert_array_equal(probed.counts[kind].fired, counts.fired)
@@ -100,6 +102,7 @@ def test_gate_up_and_hidden_are_those_of_the_weights():
   gram = np.linalg.lstsq(params["first"]["ffn"]["gate"][0].T, first["gate"][0, :8, :, 0].reshape(-1, 40).T)[0]
   up = gram.T @ params["first"]["ffn"]["up"][0]  # what the FFN read, found from gate, gives up
   np.testing.assert_allclose(up.reshape(8, 24, 40), first["up"][0, :8, :, 0], atol=1e-4)
+  np.testing.assert_allclose(gram.T.reshape(8, 24, 32), first["x"][0, :8], atol=1e-4)
 
 
 def test_zeros_of_random_drelu_are_three_quarters_and_counted_by_position():
@@ -112,6 +115,18 @@ def test_zeros_of_random_drelu_are_three_quarters_and_counted_by_position():
       zeros[position] += (ffn["hidden"][row, time, expert] == 0).sum()
       entries[position] += ffn["hidden"].shape[-1]
   np.testing.assert_allclose(found["per_position"], zeros / entries, rtol=1e-12)
+
+
+def test_zeros_are_summed_over_each_document():
+  """A row holds one document here, whose last one is cut off by padding in each batch."""
+  natural, _ = observed("1 device")
+  sums = natural.documents.sums
+  zeros = sum(sum(layers(lambda ffn: ((ffn["hidden"] == 0) & (ffn["reached"] > 0)[..., None]).sum((1, 2, 3))), []))
+  entries = sum(sum(layers(lambda ffn: ffn["reached"].sum((1, 2)) * ffn["hidden"].shape[-1]), []))
+  np.testing.assert_array_equal(sums[:, 2:], np.stack([zeros, entries], axis=1))
+  assert sums[:, 2].sum() / sums[:, 3].sum() == pytest.approx(natural.zero_fraction)
+  assert sums[:, 1].tolist() == [24.0] * 7 + [10.0] + [24.0] * 7 + [10.0]
+  assert sums[:, 0].sum() == pytest.approx(natural.nll)
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "hidden"])
@@ -186,6 +201,41 @@ def test_experts_are_weighted_by_their_use():
   )
 
 
+def test_the_error_of_an_expert_is_what_its_mask_drops():
+  curves, routed = observed("1 device")[1]["experts"]["curves"], raw()["ffn"]
+  assert curves["levels"] == [0.8, 0.95] and np.shape(curves["error"]) == (2, 4, 2)
+  for (layer, expert, i), found in np.ndenumerate(curves["error"]):
+    hidden, down = routed["hidden"][layer, ..., expert, :], routed["down"][layer, expert]
+    hidden = hidden[routed["reached"][layer, ..., expert] > 0]
+    order, dropped = np.argsort(-np.abs(hidden), axis=-1, kind="stable"), hidden.copy()
+    np.put_along_axis(dropped, order[:, : 24 - round(24 * curves["levels"][i])], 0, axis=-1)
+    whole = np.linalg.norm(hidden @ down, axis=-1)
+    error = np.linalg.norm(dropped @ down, axis=-1) / np.where(whole > 0, whole, np.inf)
+    assert found == pytest.approx(error.mean(), rel=1e-4)
+
+
+def test_masking_one_expert_alone_is_a_mask_of_its_neurons():
+  """Against a mask by hand: the others keep all, and the numbers are in their place."""
+  model, params, data = tiny()
+
+  @struct.dataclass
+  class Alone:
+    level: jax.Array  # [L, E]
+
+    def __call__(self, gate, up, hidden, expert):
+      order = jnp.argsort(jnp.argsort(-jnp.abs(hidden), axis=-1), axis=-1)
+      return jnp.where(order < hidden.shape[-1] - jnp.round(self.level[expert] * hidden.shape[-1])[:, None], hidden, 0)
+
+  done = []
+  with jax.set_mesh(mesh := mesh_of({})):
+    found = experts.masked_alone(model, params, data, mesh, (0.95, 0.99), lambda: done.append(0))
+    levels = jnp.zeros((2, 4)).at[1, 2].set(0.99)
+    by_hand = evaluate(model, params, data.batches, mesh, {"ffn": Alone(levels)})
+  assert np.shape(found["loss"]) == np.shape(found["perplexity"]) == (2, 4, 2) and len(done) == 2 * 2 * 4 * 2
+  assert found["loss"][1][2][1] == pytest.approx(by_hand.loss, rel=1e-6)
+  assert len(set(np.ravel(found["loss"]))) == 16
+
+
 def test_neurons_are_hot_by_how_often_they_fire():
   natural, found = observed("1 device")
   fired = layers(lambda ffn: ((ffn["hidden"] != 0) & (ffn["reached"] > 0)[..., None]).reshape(2, 192, -1).sum(1))
@@ -204,6 +254,16 @@ def test_neurons_are_hot_by_how_often_they_fire():
     assert stability["rank_correlation"]["per_layer"][layer] == pytest.approx(scipy.stats.spearmanr(*halves)[0])
     hottest = [set(np.argsort(-half, kind="stable")[: round(0.2 * len(ordered))]) for half in halves]
     assert stability["hot_overlap"]["per_layer"][layer] == len(hottest[0] & hottest[1]) / len(hottest[0])
+
+
+def test_neurons_are_counted_by_their_own_zeros():
+  found = observed("1 device")[1]["neurons"]["frequency"]
+  zeros = layers(lambda ffn: np.concatenate([
+    (ffn["hidden"][..., e, :][ffn["reached"][..., e] > 0] == 0).mean(0) for e in range(ffn["reached"].shape[-1])
+  ]))  # fmt: skip
+  for of_layer, wanted in zip(found["per_layer"], map(np.concatenate, zeros), strict=True):
+    np.testing.assert_allclose(of_layer, np.histogram(wanted, 20, (0, 1))[0] / len(wanted), atol=1.01 / len(wanted))
+    assert sum(of_layer) == pytest.approx(1)
 
 
 def test_pairs_that_fire_together_are_found():
@@ -229,6 +289,7 @@ def test_eight_devices_give_the_numbers_of_one():
   (natural, one), (sharded, eight) = observed("1 device"), observed("8 devices")
   for kind, counts in natural.counts.items():
     assert np.abs(counts.fired - sharded.counts[kind].fired).sum() <= 1e-4 * counts.fired.sum()
+  np.testing.assert_allclose(natural.documents.sums, sharded.documents.sums, rtol=1e-4)
   flat = [jax.tree_util.tree_flatten_with_path(found)[0] for found in (one, eight)]
   assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
   for (path, a), (_, b) in zip(*flat, strict=True):

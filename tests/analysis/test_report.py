@@ -1,5 +1,6 @@
 import csv
 import functools
+import html
 import io
 import json
 import math
@@ -49,6 +50,7 @@ def full(name, activation, perplexity, zeros, experts=1):
     lost = max(0.0, sparsity - zeros) ** 2 * (1 + width)
     return {"sparsity": sparsity, "loss": math.log(perplexity) + lost, "perplexity": perplexity * math.exp(lost)}
 
+  thresholds = {"epsilon_per_expert": [[0.1 * (e + 1) for e in range(experts)]] * layers} if experts > 1 else {}
   edges = np.linspace(-4, 4, 82)
   middles = (edges[1:] + edges[:-1]) / 2
   widths = {"gate": 1.5, "up": 1.0, "hidden": 0.3}
@@ -56,7 +58,7 @@ def full(name, activation, perplexity, zeros, experts=1):
   sizes = {"batch": (1, 2, 4, 8, 16, 32, 64, 128), "window": (1, 2, 4, 8, 16)}
   share = np.linspace(0, 1, 101)
   return m | {
-    "vocabulary": "bytes",
+    "vocabulary": "bytes", "training_loss": 1.625,
     "curve": [cost(s) for s in levels],
     "curves": [
       {"selection": key, "points": [cost(min(0.99, s * f)) | {"sparsity": s} for s in levels]}
@@ -77,11 +79,15 @@ def full(name, activation, perplexity, zeros, experts=1):
       "cett": [{"cett": c, **cost(s), "epsilon_per_layer": [0.1] * layers} for c, s in ((0.05, 0.4), (0.2, 0.7))],
       "ppl_p": [{"p": 1, "sparsity": 0.55, "cett": 0.12}],
       "cats": [{"target": t, **cost(t)} for t in (0.5, 0.8, 0.9)],
-      "teal": [{"target": t, **cost(t * 0.98)} for t in (0.5, 0.8, 0.9)],
+      "teal": [{"target": t, **cost(t * 0.98), **thresholds} for t in (0.5, 0.8, 0.9)],
     },
     "neurons": {
       "cdf": {"share_of_neurons": share.tolist(), "share_of_activations": (1 - (1 - share) ** (2 + zeros)).tolist()},
       "hot_share_80": {"per_layer": [0.3] * layers, "mean": 0.3},
+      "frequency": {"edges": np.linspace(0, 1, 5).tolist(), "per_layer": [[0.1, 0.2, 0.3, 0.4]] * layers},
+      "between": [
+        {"texts": ["web", "code"], "hot_overlap": {"mean": 0.75}, "rank_correlation": {"mean": 0.5}}
+      ],
       "stability": {"hot_overlap": {"mean": 0.92, "per_layer": [0.92] * layers}},
       "coactivation": {},
     },
@@ -93,6 +99,11 @@ def full(name, activation, perplexity, zeros, experts=1):
       "load": np.random.default_rng(0).dirichlet([3] * experts, layers).tolist(), "entropy": [1.9] * layers,
       "joint": {"routed": 0.25, "active_in_routed": 0.15, "active_of_all": 0.041, "paper": 0.0375},
       "per_expert_zero_fraction": [[zeros * (1 - e / 20) for e in range(experts - 1)] + [float("nan")]] * layers,
+      "curves": {
+        "levels": [0.5, 0.9],
+        "error": [[[0.01 * i, 0.1 + 0.1 * e] for e in range(experts - 1)] + [[math.nan] * 2] for i in range(layers)],
+        "perplexity": [[[28.0, 28.5 + i + e] for e in range(experts)] for i in range(layers)],
+      },
     } if experts > 1 else None,
   }  # fmt: skip
 
@@ -198,21 +209,29 @@ def test_everything_an_analysis_can_have_is_shown(written):
   page = (written("full") / "report.html").read_text()
   assert {chart.key for chart in charts.charts(files.strict(CASES["full"]))} == {
     "intervals", "perplexity_vs_sparsity", "threshold_methods", "zeros_per_layer", "zeros_per_position", "histograms",
-    "expert_load", "neuron_cdf", "union_zeros", "union_speedup",
+    "expert_load", "expert_curves", "expert_thresholds", "neuron_cdf", "neuron_frequency", "union_zeros",
+    "union_speedup",
   }  # fmt: skip
   shown = {table.key: table for table in report.tables(CASES["full"])}
   assert set(shown) == {
     "quality", "masked_hidden", "masked_gate", "masked_contribution", "confidence", "comparisons", "methods", "ppl_p",
-    "experts", "neurons", "union_batch", "union_window", "accounting", "paper_1", "paper_2", "paper_3",
+    "experts", "experts_masked", "neurons", "neurons_between", "union_batch", "union_window", "accounting", "paper_1",
+    "paper_2", "paper_3",
   }  # fmt: skip
   assert all(f"<h3>{table.title}" in page.replace("&#x27;", "'") for table in shown.values())
   # one table: SwiGLU by CATS at 50 %, and dReLU by top-k at 90 %
   rows = {(row[0], row[1], row[2]): row[3:] for row in shown["methods"].rows}
   assert rows["swiglu (swiglu)", "CATS", "target 50%"][0] == "50.0%"
   assert rows["drelu (drelu)", "top-k", "90%"] == ["90.0%", "28.52", "+0.3%"]
+  assert shown["experts_masked"].rows == [
+    ["drelu", "50%", "1.5%", "0.0%", "3.0%", "3.6", "28.00", "28.00", "28.00", "3.7"],
+    ["drelu", "90%", "40.0%", "10.0%", "70.0%", "3.6", "33.50", "28.50", "38.50", "3.7"],
+  ]
+  assert shown["neurons_between"].rows[1] == ["drelu", "web and code", "75.0%", "0.500"]
   assert shown["comparisons"].rows == [["drelu - swiglu", "-0.0200", "-0.0300 to -0.0100", "drelu"]]
   drelu, swiglu = (row for row in shown["paper_3"].rows if "paper" in row[1])
   assert drelu[2:] == ["28.45", "28.45", "28.45", "28.65", "29.19"] and swiglu[-1] == "112.36"
+  assert [row[2:] for row in shown["paper_2"].rows][2:] == [["1.625", "1.500", "28.48"], ["1.625", "1.500", "28.45"]]
   assert "Not a reproduction" in page and "1.05M parameters, 2.05M tokens seen" in page
   for term, text in CASES["full"]["definitions"].items():
     assert f"<dt>{term.replace('_', ' ')}</dt>" in page, text
@@ -225,23 +244,87 @@ def test_csv_files_hold_the_numbers_of_the_analysis(written):
   assert [(float(r["x"]), float(r["y"])) for r in gate] == [(p["sparsity"], p["perplexity"]) for p in points]
   load = [r for r in rows_of(folder / "expert_load.csv") if r["view"] == "drelu: share of the tokens"]
   assert [float(r["value"]) for r in load] == np.ravel(CASES["full"]["models"][1]["experts"]["load"]).tolist()
+  curves = [r for r in rows_of(folder / "expert_curves.csv") if r["view"] == "drelu: error, layer 2"]
+  assert [(r["series"], float(r["x"]), float(r["y"])) for r in curves if r["series"] == "expert 3"] == [
+    ("expert 3", 0.5, 0.02), ("expert 3", 0.9, 0.4)
+  ]  # fmt: skip
+  assert len(curves) == 2 * (7 + 1)  # an expert that no token reached has no curve; the mean has
   low = [(r["model"], float(r["low"])) for r in rows_of(folder / "intervals.csv") if r["view"] == "loss"]
   assert low == [("swiglu", 1.45), ("drelu", 1.45)]
 
 
-@pytest.mark.parametrize("case", ["full", "broken"])
-def test_the_page_draws_every_chart_without_an_error(case, written, tmp_path):
+def opened(path, profile, *options):
+  """What a browser makes of a page, as text."""
   browser = shutil.which("chromium") or shutil.which("google-chrome")
   if not browser:
     pytest.skip("no chromium to open the page with")
-  path = written(case) / "report.html"
-  options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-  options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+  options = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    *options,
+  ]
+  options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", "--dump-dom"]
   done = subprocess.run([browser, *options, f"file:///{path}"], capture_output=True, text=True, timeout=60)
   assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
-  figures = done.stdout.split('class="chart"')[1:]
+  return done.stdout
+
+
+@pytest.mark.parametrize("case", ["full", "broken"])
+def test_the_page_draws_every_chart_without_an_error(case, written, tmp_path):
+  figures = opened(written(case) / "report.html", tmp_path / "profile").split('class="chart"')[1:]
   assert len(figures) == len(charts.charts(files.strict(CASES[case])))
   assert all('role="img"' in figure and "NaN" not in figure.partition("</figure>")[0] for figure in figures)
+
+
+# Presses the controls as a hand would and notes what the page then shows.
+HAND = """
+const seen = {}, root = document.documentElement;
+const figure = (key) => document.querySelector(`[data-chart=${key}]`);
+const press = (f, name) => [...f.querySelectorAll("button")].find((b) => b.textContent === name).click();
+const lines = (f) => f.querySelectorAll("svg[role=img] path").length;
+const ticks = (f) => [...f.querySelectorAll("svg[role=img] text")].map((t) => t.textContent);
+const masked = figure("perplexity_vs_sparsity"), error = figure("expert_curves");
+seen.wide = root.scrollWidth - root.clientWidth;
+seen.lines = [lines(masked)];
+press(masked, "swiglu"); seen.lines.push(lines(masked));
+press(masked, "gate"); seen.lines.push(lines(masked));
+press(masked, "swiglu"); press(masked, "gate"); seen.lines.push(lines(masked));
+seen.log = [ticks(masked)]; press(masked, "log scale"); seen.log.push(ticks(masked));
+const select = error.querySelector("select");
+seen.views = select.options.length; seen.first = ticks(error);
+select.value = 5; select.onchange(); seen.sixth = ticks(error); seen.experts = lines(error);
+press(error, "each expert"); seen.mean = lines(error);
+const box = error.querySelector("svg[role=img]").getBoundingClientRect();
+const circle = error.querySelector("svg[role=img] circle:not(.hit)");
+const at = { clientX: box.left + +circle.getAttribute("cx"), clientY: box.top + +circle.getAttribute("cy") };
+error.querySelector("svg[role=img]").parentElement.dispatchEvent(new PointerEvent("pointermove", at));
+seen.tip = error.querySelector(".tip").hidden ? "" : error.querySelector(".tip").textContent;
+const shade = () => [getComputedStyle(root).colorScheme, getComputedStyle(document.body).backgroundColor];
+seen.themes = [shade()];
+for (let i = 0; i < 2; i++) { press(document.querySelector("header"), seen.themes.at(-1)[0] === "dark" ? "light" : "dark"); seen.themes.push(shade()); }
+document.body.innerHTML = "<pre id=seen></pre>"; document.getElementById("seen").textContent = JSON.stringify(seen);
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_the_controls_of_the_page_do_what_they_say(system, written, tmp_path):
+  page = (written("full") / "report.html").read_text().replace("</body>", f"<script>{HAND}</script></body>")
+  (tmp_path / "page.html").write_text(page)
+  scheme = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(system)}"
+  found = opened(tmp_path / "page.html", tmp_path / "profile", "--window-size=390,800", scheme)
+  seen = json.loads(html.unescape(found.partition('<pre id="seen">')[2].partition("</pre>")[0]))
+  assert seen["wide"] == 0  # nothing sticks out of a phone
+  assert seen["lines"] == [6, 3, 2, 6]  # three selections of two models
+  assert "1,000" in seen["log"][0] and "50" in seen["log"][0] and "0" in seen["log"][1]
+  assert seen["views"] == 8 and "error of the expert's output" in seen["first"] and "perplexity" in seen["sixth"]
+  assert (seen["experts"], seen["mean"]) == (9, 1)
+  assert seen["tip"].startswith("drelu · mean") and "50%" in seen["tip"] and "28" in seen["tip"]
+  colours = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 27)"}
+  order = [system, "light" if system == "dark" else "dark", system]
+  assert seen["themes"] == [[theme, colours[theme]] for theme in order]
 
 
 def test_summary_carries_numbers_and_the_run(tmp_path):

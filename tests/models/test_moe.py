@@ -54,7 +54,9 @@ def compiled(impl, mesh, masked):
 
   def outputs(x, router, experts, predictors):
     logits = router_logits(x, router)
-    out, counts = moe(impl, x, logits, experts, VALID, activation("drelu"), 2, True, predictors, intervene)
+    out, counts = moe(
+      impl, x, logits, experts, VALID, activation("drelu"), 2, True, predictors, intervene, by_token=masked
+    )
     return jnp.sum(out * jnp.cos(jnp.arange(D))), (out, counts)
 
   return jax.jit(jax.value_and_grad(outputs, argnums=(0, 1, 2, 3), has_aux=True))

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsparse.analysis import accounting, confidence, masks, observe
+from tsparse.analysis import accounting, confidence, experts, masks, neurons, observe
 from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet
 from tsparse.data import accounting as data_accounting
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation, evaluate, evaluate_each
 from tsparse.models import counts
+from tsparse.models.config import ModelConfig
 from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer
 
@@ -64,7 +65,7 @@ def analyze(
     mask_shared: mask shared experts too.
     parts: of what is beyond zeros and masks, some of observe.PARTS.
     calibration: other documents, to find thresholds on; None for the same.
-    by_source: held-out batches of each source of a mixture.
+    by_source: held-out batches of other texts, such as each source of a mixture; one may be `data`.
     keep: called with the counts of every neuron.
     progress: called with a line after each forward pass and then each piece of work: `passes` of them.
 
@@ -82,7 +83,8 @@ def analyze(
     for selection in selections
     for level in levels
   ]
-  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], lambda: progress(name))
+  step, documents = (lambda: progress(name)), (data.document_ids, data.documents)
+  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], step, *documents)
   if not np.isfinite(natural.nll):
     check_finite(model, params, data.batches, mesh)
   keep(natural.counts)
@@ -90,8 +92,14 @@ def analyze(
   observed = observe.observe(
     model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
   )
+  others = {
+    text: natural if held_out is data else evaluate(model, params, held_out.batches, mesh)
+    for text, held_out in (by_source or {}).items()
+  }
+  if "neurons" in observed and len(others) > 1:
+    observed["neurons"]["between"] = neurons.between({text: found.counts for text, found in others.items()})
   statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
-  documents, points = confidence.per_document(natural, data), iter(results)
+  points = iter(results)
   curves = [
     {
       "selection": selection,
@@ -117,27 +125,31 @@ def analyze(
     "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
     "curves": curves,
     "mask_shared": mask_shared,
-    "sources": [quality_on(name, held_out, model, params, mesh) for name, held_out in (by_source or {}).items()],
-    "confidence": confidence.confidence(documents, natural.batch_zeros),
-    "per_document": documents,
+    "sources": [quality_on(text, found, by_source[text].documents) for text, found in others.items()],
+    "confidence": confidence.confidence(natural.documents),
+    "per_document": confidence.per_document(natural.documents),
     **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
 
 
-def quality_on(
-  name: str, held_out: EvaluationSet, model: Transformer, params: Any, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-  """An entry of "sources": loss and zeros on what one source of a mixture holds out."""
-  found = evaluate(model, params, held_out.batches, mesh)
+def quality_on(name: str, found: Evaluation, documents: int) -> dict[str, Any]:
+  """An entry of "sources": loss and zeros on another text, such as what one source of a mixture holds out."""
   quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
-  return {"name": name, **quality, "tokens": found.tokens, "documents": held_out.documents}
+  return {"name": name, **quality, "tokens": found.tokens, "documents": documents}
 
 
 def passes(
-  data: EvaluationSet, levels: Sequence[float], selections: Sequence[str], parts: Collection[str] = ("counts",)
+  config: ModelConfig,
+  data: EvaluationSet,
+  levels: Sequence[float],
+  selections: Sequence[str],
+  parts: Collection[str] = ("counts",),
 ) -> int:
   """Forward passes of an analysis, and pieces of work after them."""
-  return len(data.batches) * (1 + len(levels) * len(selections)) + sum(observe.PARTS[part] for part in parts)
+  forwards = 1 + len(levels) * len(selections)
+  if "experts" in parts and config.num_experts:
+    forwards += len(list(experts.alone(config, [level for level in levels if level > 0])))
+  return len(data.batches) * forwards + sum(observe.PARTS[part] for part in parts)
 
 
 def zero_fractions(natural: Evaluation) -> dict[str, float]:

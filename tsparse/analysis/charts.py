@@ -20,13 +20,15 @@ class Axis(NamedTuple):
 class Series(NamedTuple):
   """Points [x, y] of one model; `style`, one of the view's, tells the series of a model apart.
 
-  `mark` is line, step (a histogram: points are the middles of its bins), dots, or ring (one point: the model as it is).
+  `mark` is line, thin (one of many), step (a histogram: points are the middles of its bins), dots, or ring (one point:
+  the model as it is). `label` tells series of one style apart.
   """
 
   model: str
   points: list[list[float]]
   style: str = ""
   mark: str = "line"
+  label: str = ""
 
 
 class Interval(NamedTuple):
@@ -39,12 +41,14 @@ class Interval(NamedTuple):
 
 
 class View(NamedTuple):
-  """One of the pictures of a chart: `data` is a list of Series, a list of Interval, or a matrix [rows][columns]."""
+  """One of the pictures of a chart: `data` is a list of Series, a list of Interval, or a matrix [rows][columns], whose
+  numbers are shares or not."""
 
   name: str
   x: Axis
   y: Axis
   data: list
+  shares: bool = True
 
 
 class Chart(NamedTuple):
@@ -77,7 +81,7 @@ def rows(chart: Chart) -> Iterator[list]:
     yield ["view", "model", "series", "x", "y"]
     for view in chart.views:
       for series in view.data:
-        style = "as it is" if series.mark == "ring" else series.style
+        style = "as it is" if series.mark == "ring" else series.label or series.style
         yield from ([view.name, series.model, style, *point] for point in series.points)
 
 
@@ -104,9 +108,10 @@ def threshold_methods(models: list[dict]) -> Chart:
     found = {k: v for k, v in (m.get("thresholds") or {}).items() if isinstance(v, list)}
     if found:
       points = {"top-k": m.get("curve") or []} | found
-      lines += [_series(m, sorted(_pairs(v, "sparsity", "perplexity")), k) for k, v in points.items()]
+      mark = lambda key: "dots" if key == "ppl_p" else "line"  # noqa: E731 a point, not a curve
+      lines += [_series(m, sorted(_pairs(v, "sparsity", "perplexity")), k, mark(k)) for k, v in points.items()]
       lines.append(_as_it_is(m))
-  view = View("", Axis("zeros in the hidden", percent=True), PERPLEXITY, _drawn(lines))
+  view = View("", Axis("zeros in the hidden (teal: weights that meet a zero)", percent=True), PERPLEXITY, _drawn(lines))
   terms = ("fat", "cats", "teal", "teal_down", "cett", "ppl_p", "calibration", "threshold sparsity")
   return Chart("threshold_methods", "Perplexity by training-free thresholds", "lines", [view], terms)
 
@@ -161,6 +166,22 @@ def neuron_cdf(models: list[dict]) -> Chart:
   return Chart("neuron_cdf", "Hot and cold neurons", "lines", [view], ("neurons", "cdf", "hot_share_80"))
 
 
+def neuron_frequency(models: list[dict]) -> Chart:
+  """How the zeros are spread over neurons: of all layers together, and of each."""
+  having = [(m, m["neurons"]["frequency"]) for m in models if (m.get("neurons") or {}).get("frequency")]
+  views = []
+  for layer in range(-1, max((len(found["per_layer"]) for _, found in having), default=-1)):  # -1: all
+    lines = []
+    for m, found in having:
+      of_layers = found["per_layer"] if layer < 0 else found["per_layer"][layer:][:1]
+      shares = [sum(bins) / len(of_layers) for bins in zip(*of_layers, strict=True)]
+      middles = [(a + b) / 2 for a, b in zip(found["edges"], found["edges"][1:], strict=False)]
+      lines.append(_series(m, list(zip(middles, shares, strict=False)), mark="step"))
+    x, y = Axis("zeros of a neuron", percent=True, limits=(0, 1)), Axis("share of the neurons", percent=True)
+    views.append(View("all layers" if layer < 0 else f"layer {layer}", x, y, _drawn(lines)))
+  return Chart("neuron_frequency", "Zeros by neuron", "lines", views, ("frequency",))
+
+
 def union_zeros(models: list[dict]) -> Chart:
   """What is left of the zeros when several tokens are decoded together."""
   y = Axis("neurons that none of them needs", percent=True, limits=(0, 1))
@@ -198,6 +219,38 @@ def expert_load(models: list[dict]) -> Chart:
   return Chart("expert_load", "Experts: load and zeros", "heat", views, ("load", "entropy", "per_expert_zero_fraction"))
 
 
+def expert_curves(models: list[dict]) -> Chart:
+  """What masking costs inside each expert: a thin line for each, and their mean; views by layer."""
+  views = []
+  for m in models:
+    curves = (m.get("experts") or {}).get("curves") or {}
+    for key, y in (("error", Axis("error of the expert's output", percent=True)), ("perplexity", PERPLEXITY)):
+      x = SPARSITY if key == "error" else Axis("hidden entries of one expert set to zero", percent=True)
+      for layer, of_experts in enumerate(curves.get(key) or ()):
+        lines = []
+        for expert, values in enumerate(of_experts):
+          points = list(zip(curves["levels"], values, strict=True))
+          lines.append(_series(m, points, "each expert", "thin")._replace(label=f"expert {expert}"))
+        whole = [line.points for line in lines if len(line.points) == len(curves["levels"])]
+        mean = [(point[0][0], sum(y for _, y in point) / len(whole)) for point in zip(*whole, strict=True)]
+        views.append(View(f"{m['name']}: {key}, layer {layer}", x, y, _drawn([_series(m, mean, "mean"), *lines])))
+  return Chart("expert_curves", "Each expert as it is masked", "lines", views, ("expert_curves", "sparsity"))
+
+
+def expert_thresholds(models: list[dict]) -> Chart:
+  """The thresholds of each expert, of each method at its highest setting."""
+  views = []
+  for m in models:
+    for key, points in (m.get("thresholds") or {}).items():
+      point = points[-1] if isinstance(points, list) and points else {}
+      if point.get("epsilon_per_expert"):
+        setting = f"{100 * point['target']:.4g}%" if "target" in point else f"{point['cett']:.3g}"
+        name = f"{m['name']}: {key} at {setting}"
+        views.append(View(name, Axis("expert"), Axis("layer"), point["epsilon_per_expert"], shares=False))
+  terms = ("cats", "teal", "teal_down", "cett", "calibration")
+  return Chart("expert_thresholds", "Thresholds of each expert", "heat", views, terms)
+
+
 def intervals(models: list[dict]) -> Chart:
   """Loss, perplexity and zeros with their intervals."""
   views = []
@@ -218,7 +271,7 @@ def intervals(models: list[dict]) -> Chart:
 
 MAKERS = (
   intervals, perplexity_vs_sparsity, threshold_methods, zeros_per_layer, zeros_per_position, histograms, expert_load,
-  neuron_cdf, union_zeros, union_speedup,
+  expert_curves, expert_thresholds, neuron_cdf, neuron_frequency, union_zeros, union_speedup,
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def largest(x: Array, k: Array) -> Array:
 
   Args:
     x: [..., F] float32, non-negative.
-    k: [] int32, 0 <= k <= F.
+    k: int32 that broadcasts to [..., 1], 0 <= k <= F.
 
   Returns:
     [..., F] bool; min(k, number of positive entries) of a row are true.
@@ -81,6 +81,11 @@ def largest(x: Array, k: Array) -> Array:
   return jax.lax.cond(any_row(above != k), first_of_equals, lambda _: bits >= threshold, None)
 
 
+def kept(sparsity: Array, neurons: int) -> Array:
+  """How many of the neurons are kept at a level: neurons - round(sparsity * neurons), int32."""
+  return neurons - jnp.round(sparsity * neurons).astype(jnp.int32)
+
+
 @struct.dataclass
 class TopK:
   """Keeps F - round(sparsity * F) entries of the hidden of each token, those of largest score, and zeroes the others.
@@ -88,7 +93,7 @@ class TopK:
   Turbo Sparse (arXiv 2406.05955) eq. 3-4: Mask(x) = Topk(|Combined(x)|), out = (Combined(x) * Mask(x)) W_down.
 
   Attributes:
-    sparsity: [L] float32 in [0, 1), the slice of layer l is a scalar.
+    sparsity: [L] float32 in [0, 1), the slice of layer l is a scalar; or [L, E], of each expert.
     norm: ||down_i||, [L, F] float32, with experts [L, E, F]; None where the selection does not read it.
     selection: a key of SELECTIONS.
   """
@@ -101,8 +106,8 @@ class TopK:
     """Masked hidden [..., F]."""
     norm = self.norm if self.norm is None or expert is None else self.norm[expert]
     score = jnp.abs(SELECTIONS[self.selection](gate, up, hidden, norm)).astype(jnp.float32)
-    dropped = jnp.round(self.sparsity * hidden.shape[-1]).astype(jnp.int32)
-    return jnp.where(largest(score, hidden.shape[-1] - dropped), hidden, 0)
+    sparsity = self.sparsity if expert is None or not jnp.ndim(self.sparsity) else self.sparsity[expert][..., None]
+    return jnp.where(largest(score, kept(sparsity, hidden.shape[-1])), hidden, 0)
 
 
 def topk_everywhere(

@@ -4,6 +4,7 @@ Unless it says otherwise `fired` is [neurons] float64, the tokens for which each
 """
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ Array = jax.Array
 HOT = 0.8  # of the activations (PowerInfer, arXiv 2312.12456)
 TOP = 0.2  # of the neurons
 POINTS = np.linspace(0, 1, 51)
+FREQUENCIES = np.linspace(0, 1, 21)  # edges of the histogram of them
 SAMPLE = 256  # neurons of a layer whose pairs are counted
 RARE = 10  # a pair that fired together less often is not among the top ones
 FORMS = ("numpy", "powerinfer")
@@ -26,11 +28,15 @@ FORMS = ("numpy", "powerinfer")
 DEFINITIONS = {
   "neurons": "a neuron fires for a token if its hidden entry is not exactly zero; the neurons of all experts of a "
   "layer count together, shared ones too. Without exact zeros all neurons fire always, and what follows is trivial",
+  "frequency": "share of a layer's neurons whose own zero fraction (over the tokens that reached their expert) lies in "
+  "each bin [edge, next edge), the last one closed; experts that no token reached are left out. That of every neuron: "
+  "--export",
   "cdf": "share of all firings that the so-many most often firing neurons make",
   "hot_share_80": "least share of the neurons that makes 80% of the firings (PowerInfer, arXiv 2312.12456); `overall` "
   "chooses among the neurons of all layers together",
   "stability": "between the two halves of the text: the share of the 20% hottest neurons that are so in both, and the "
-  "rank correlation (Spearman) of how often neurons fire",
+  "rank correlation (Spearman) of how often neurons fire; `between` is the same for every two texts (sources of a "
+  "mixture, or --also)",
   "coactivation": "of 256 neurons of each layer, evenly spaced in the order of how often they fire, of those that do: "
   "lift of a pair = P(both) / (P(one) P(other)) over tokens, 1 if they are independent; `top`: the pairs of greatest "
   "lift, [neuron, neuron, lift, P(the other | the rarer one)], of those that fired together 10 times or more",
@@ -42,6 +48,13 @@ def layers(by_kind: ModelCounts) -> list[np.ndarray]:
   flat = {kind: c.fired.reshape(len(c.fired), -1) for kind, c in by_kind.items()}
   rest = np.concatenate([flat[kind] for kind in ("ffn", "shared") if kind in flat], axis=1)
   return [*flat.get("first", ()), *rest]
+
+
+def zero_fractions(by_kind: ModelCounts) -> list[np.ndarray]:
+  """Of each layer the zero fraction of each neuron, [neurons], in the order of `layers`; NaN where none was reached."""
+  with np.errstate(invalid="ignore"):
+    zeros = {kind: c.replace(fired=1 - c.fired / c.routed[..., None]) for kind, c in by_kind.items()}
+  return layers(zeros)
 
 
 def coverage(fired: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -74,8 +87,9 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def neuron_statistics(by_kind: ModelCounts) -> dict[str, Any]:
-  """ "cdf" and "hot_share_80" of the counts of a text."""
+  """ "cdf", "hot_share_80" and "frequency" of the counts of a text."""
   fired = layers(by_kind)
+  shares = [np.histogram(zeros[np.isfinite(zeros)], FREQUENCIES)[0] for zeros in zero_fractions(by_kind)]
   whole = np.concatenate(fired)
   hot = [hot_share(layer) for layer in fired]
   return {
@@ -85,6 +99,7 @@ def neuron_statistics(by_kind: ModelCounts) -> dict[str, Any]:
       "per_layer": [coverage(layer, POINTS).tolist() for layer in fired],
     },
     "hot_share_80": {"overall": hot_share(whole), "mean": float(np.mean(hot)), "per_layer": hot},
+    "frequency": {"edges": FREQUENCIES.tolist(), "per_layer": [(x / x.sum()).tolist() for x in shares]},
   }
 
 
@@ -94,6 +109,12 @@ def stability(one: ModelCounts, other: ModelCounts) -> dict[str, Any]:
   found = {"hot_overlap": hot_overlap, "rank_correlation": rank_correlation}
   found = {name: [measure(*pair) for pair in pairs] for name, measure in found.items()}
   return {name: {"mean": float(np.mean(values)), "per_layer": values} for name, values in found.items()}
+
+
+def between(by_text: dict[str, ModelCounts]) -> list[dict[str, Any]]:
+  """`stability` between every two of some texts, each with the names of the two as "texts"."""
+  pairs = itertools.combinations(by_text.items(), 2)
+  return [{"texts": [one, other]} | stability(a, b) for (one, a), (other, b) in pairs]
 
 
 def sample(by_kind: ModelCounts, size: int = SAMPLE) -> np.ndarray:

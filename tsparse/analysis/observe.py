@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tsparse.analysis import experts, neurons, statistics, thresholds, unions
-from tsparse.analysis.probe import probe
+from tsparse.analysis.probe import by_kind, probe
 from tsparse.data import EvaluationSet
 from tsparse.errors import UserError
 from tsparse.evaluate.perplexity import Evaluation
@@ -16,8 +16,10 @@ from tsparse.models.transformer import Transformer
 Batches = Sequence[dict[str, np.ndarray]]
 
 # What is made of a text -> how often `progress` is called. It costs: "counts" nothing beside them, "tokens" a forward
-# pass, "thresholds" four for each of them and some more.
-PARTS = {"counts": 0, "tokens": 1, "thresholds": 5}
+# pass, "thresholds" four for each of them and some more; "experts", only for those who ask for it, a forward pass for
+# each expert of each layer at each level, which `analyze.passes` counts.
+PARTS = {"counts": 0, "tokens": 1, "thresholds": 6, "experts": 0}
+DEFAULT_PARTS = ("counts", "tokens", "thresholds")
 
 DEFINITIONS = {
   **statistics.DEFINITIONS,
@@ -35,7 +37,7 @@ def observe(
   mesh: jax.sharding.Mesh,
   natural: Evaluation,
   *,
-  parts: Collection[str] = tuple(PARTS),
+  parts: Collection[str] = DEFAULT_PARTS,
   calibration: EvaluationSet | None = None,
   levels: Sequence[float] = (),
   progress: Callable[[str], None] = lambda _: None,
@@ -54,23 +56,27 @@ def observe(
     progress: called with a line after each piece of work.
 
   Returns:
-    By part: "neurons", "union" and, with experts, "experts"; then "per_position", "histograms" and more in "neurons"
-    and "union"; then "thresholds".
+    By part: "neurons", "union" and, with experts, "experts"; then "per_position", "histograms" and more in "neurons",
+    "union" and "experts"; then "thresholds"; then more in "experts".
   """
-  found = {}
+  found, masked = {}, [level for level in levels if level > 0]
   if "counts" in parts:
     found["neurons"] = neurons.neuron_statistics(natural.counts)
     found["union"] = {"batch": unions.batch_unions(natural, model.config)}
     if model.config.num_experts:
       found["experts"] = experts.expert_statistics(natural.counts, model.config)
   if "tokens" in parts:
-    for name, piece in token_statistics(model, params, data.batches, mesh, natural).items():
+    for name, piece in token_statistics(model, params, data.batches, mesh, natural, masked).items():
       found[name] = found.get(name, {}) | piece if isinstance(piece, dict) else piece
     progress("statistics of gate, up and hidden")
   if "thresholds" in parts:
     found["thresholds"] = thresholds.threshold_curves(
       model, params, data, mesh, natural, calibration or data, levels, progress=progress
     )
+  if "experts" in parts and model.config.num_experts and masked:
+    curves = experts.masked_alone(model, params, data, mesh, masked, lambda: progress("one expert masked"))
+    of_experts = found.setdefault("experts", {})
+    of_experts["curves"] = {"levels": masked} | of_experts.get("curves", {}) | curves
   return found
 
 
@@ -82,24 +88,34 @@ def check_parts(names: Sequence[str]):
 
 
 def token_statistics(
-  model: Transformer, params: Any, batches: Batches, mesh: jax.sharding.Mesh, natural: Evaluation
+  model: Transformer,
+  params: Any,
+  batches: Batches,
+  mesh: jax.sharding.Mesh,
+  natural: Evaluation,
+  levels: Sequence[float] = (),
 ) -> dict[str, Any]:
-  """What needs a look at every token: "per_position", "histograms", and parts of "neurons" and "union".
+  """What needs a look at every token: "per_position", "histograms", and parts of "neurons", "union" and "experts".
 
-  The two halves of the batches are looked at one after the other, which says how stable the hot neurons are; a single
-  batch has none.
+  The curves of the experts are at the `levels`. The two halves of the batches are looked at one after the other, which
+  says how stable the hot neurons are; a single batch has none.
   """
   layers = model.config.num_layers
-  by_layer = lambda x: np.tile(x, (layers, 1))  # noqa: E731
-  first = probe(model, params, batches[:1], mesh, statistics.magnitudes, by_layer(statistics.MAGNITUDES))
+  everywhere = lambda x: np.tile(x, (layers, 1))  # noqa: E731
+  magnitudes = by_kind(everywhere(statistics.MAGNITUDES), model.config)
+  first = probe(model, params, batches[:1], mesh, statistics.magnitudes, magnitudes)
   edges, chosen = statistics.histogram_edges(first), neurons.sample(natural.counts)
+  curves = bool(levels) and bool(model.config.num_experts)
   together = statistics.Together((
     ("positions", statistics.zeros_by_position),
     ("histograms", statistics.histograms),
     ("windows", unions.Windows()),
     ("coactivation", neurons.coactivation),
+    *([("errors", experts.topk_errors)] if curves else []),
   ))  # fmt: skip
-  settings = {"histograms": by_layer(edges), "coactivation": chosen}
+  settings = {"histograms": everywhere(edges), "coactivation": chosen}
+  settings |= {"errors": everywhere(np.asarray(levels, np.float32))} if curves else {}
+  settings = by_kind(settings, model.config)
   middle = len(batches) // 2
   halves = [probe(model, params, b, mesh, together, settings) for b in (batches[:middle], batches[middle:]) if b]
   probed = halves[0] if len(halves) == 1 else halves[0] + halves[1]
@@ -111,4 +127,5 @@ def token_statistics(
     "histograms": statistics.histogram_shares(sums["histograms"], edges),
     "neurons": {"coactivation": pairs} | stable,
     "union": {"window": unions.window_unions(probed, sums["windows"], model.config)},
+    **({"experts": {"curves": experts.error_curves(sums["errors"], levels)}} if curves else {}),
   }

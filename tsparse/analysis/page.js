@@ -2,7 +2,7 @@
 (function () {
   "use strict";
   const DATA = JSON.parse(document.getElementById("data").textContent);
-  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4"];
+  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4", "2 2 2 6", "12 3 2 3 2 3"];
   const colour = (model) => DATA.colours[DATA.models.indexOf(model) % DATA.colours.length];
   const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => "&#" + c.charCodeAt(0) + ";");
   const unique = (list) => [...new Set(list)];
@@ -88,11 +88,12 @@
         const kept = s.points.filter((p) => !state.log || p[1] > 0), c = colour(s.model);
         const at = kept.map((p) => [x.place(p[0]), y.place(p[1])]);
         kept.forEach((p, i) => points.push({ x: at[i][0], y: at[i][1], colour: c, text:
-          `<b>${escaped(s.model)}</b>${s.mark === "ring" ? " as it is" : s.style ? " · " + escaped(s.style) : ""}<br>` +
+          `<b>${escaped(s.model)}</b>${s.mark === "ring" ? " as it is" : s.label || s.style ? " · " + escaped(s.label || s.style) : ""}<br>` +
           `${escaped(view.x.label)}: ${shown(p[0], view.x.percent)}<br>${escaped(view.y.label)}: ${shown(p[1], view.y.percent)}` }));
         const f = (v) => v.toFixed(1);
         if (s.mark === "ring") svg += at.map((p) => `<circle cx="${f(p[0])}" cy="${f(p[1])}" r="7" fill="none" stroke="${c}" stroke-width="2"></circle>`).join("");
         else if (s.mark === "dots") svg += at.map((p) => `<circle cx="${f(p[0])}" cy="${f(p[1])}" r="2.6" fill="${c}" fill-opacity=".55"></circle>`).join("");
+        else if (s.mark === "thin") svg += `<path d="${at.map((p, i) => (i ? "L" : "M") + f(p[0]) + " " + f(p[1])).join("")}" fill="none" stroke="${c}" stroke-width="1" stroke-opacity=".6"></path>`;
         else {
           const dash = DASHES[Math.max(0, styles.indexOf(s.style)) % DASHES.length];
           let path = at.map((p, i) => (i ? "L" : "M") + f(p[0]) + " " + f(p[1])).join("");
@@ -140,8 +141,8 @@
         row.forEach((v, j) => {
           const at = left + cell * j;
           svg += `<rect class="grid" x="${at}" y="${top}" width="${cell}" height="${tall}" fill="#2b83c4" fill-opacity="${v === null ? 0 : (0.06 + 0.9 * v / high).toFixed(3)}"></rect>`;
-          if (cell > 46) svg += `<text class="name" x="${at + cell / 2}" y="${top + tall / 2 + 4}" text-anchor="middle">${v === null ? "none" : shown(v, true, 3)}</text>`;
-          points.push({ x: at + cell / 2, y: top + tall / 2, text: `layer ${i}, expert ${j}: ${v === null ? "no token" : shown(v, true)}` });
+          if (cell > 46) svg += `<text class="name" x="${at + cell / 2}" y="${top + tall / 2 + 4}" text-anchor="middle">${v === null ? "none" : shown(v, view.shares, 3)}</text>`;
+          points.push({ x: at + cell / 2, y: top + tall / 2, text: `layer ${i}, expert ${j}: ${v === null ? "no token" : shown(v, view.shares)}` });
         });
       });
       for (let j = 0; j < columns; j += every) svg += `<text x="${left + cell * (j + 0.5)}" y="${height - 28}" text-anchor="middle">${j}</text>`;
@@ -184,8 +185,9 @@
       if (lines) {
         unique(view.data.map((s) => s.style).filter(Boolean)).forEach((style, i) => {
           const dots = view.data.some((s) => s.style === style && s.mark === "dots");
+          const thin = view.data.some((s) => s.style === style && s.mark === "thin");
           const mark = dots ? `<circle cx="12" cy="5" r="2.6" fill="currentColor"></circle>`
-            : `<path d="M0 5H24" stroke="currentColor" stroke-width="2" stroke-dasharray="${DASHES[i % DASHES.length]}"></path>`;
+            : `<path d="M0 5H24" stroke="currentColor" stroke-width="${thin ? 1 : 2}" stroke-dasharray="${thin ? "" : DASHES[i % DASHES.length]}"></path>`;
           button(style, `<svg width="24" height="10">${mark}</svg>`, !state.off.has("." + style), toggle("." + style));
         });
         if (high > 0) button("log scale", "", state.log, () => { state.log = !state.log; state.logChosen = true; }, true);
@@ -225,6 +227,19 @@
     draw();
   }
 
+  /* Light or dark: as the system says until this is pressed. */
+  function theme() {
+    const b = document.createElement("button"), root = document.documentElement;
+    const dark = () => getComputedStyle(root).colorScheme === "dark";
+    const named = () => { b.textContent = dark() ? "light" : "dark"; b.setAttribute("aria-label", b.textContent + " colours"); };
+    b.type = "button"; b.className = "theme";
+    b.onclick = () => { root.dataset.theme = dark() ? "light" : "dark"; named(); };
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", named);
+    named();
+    document.querySelector("header").append(b);
+  }
+
+  theme();
   document.querySelectorAll("figure.chart").forEach(start);
   if (window.innerWidth < 560) document.querySelectorAll("details").forEach((d) => { d.open = false; });
 })();

@@ -20,7 +20,8 @@ SECTIONS = {
     "methods", "ppl_p",
   ),
   "Where the zeros are": ("zeros_per_layer", "zeros_per_position", "histograms", "expert_load", "experts"),
-  "Hot and cold neurons": ("neuron_cdf", "neurons"),
+  "Each expert": ("expert_curves", "experts_masked", "expert_thresholds"),
+  "Hot and cold neurons": ("neuron_cdf", "neurons", "neurons_between", "neuron_frequency"),
   "Beyond one token": ("union_zeros", "union_speedup", "union_batch", "union_window"),
   "Parameters and operations": ("accounting",),
   "Beside the paper": ("paper_1", "paper_2", "paper_3"),
@@ -53,7 +54,7 @@ def page(analysis: dict, run: dict, charts: list[Chart]) -> str:
   if others:
     sections.append(f"<section>\n<h2>Other definitions</h2>\n{_definitions(others, False)}\n</section>")
   return Template((FOLDER / "page.html").read_text()).substitute(
-    title=html.escape(str(run.get("config") or "Activation sparsity")),
+    title=html.escape(str(run.get("config") or ", ".join(m["name"] for m in analysis["models"]))),
     sections="\n".join(sections),
     facts=_list({key: _fact(key, value) for key, value in run.items() if value is not None}),
     data=_json({
@@ -77,7 +78,7 @@ def _plain(chart: Chart) -> dict:
   views = []
   for view in chart.views:
     data = view.data if chart.kind == "heat" else [item._asdict() for item in view.data]
-    views.append({"name": view.name, "x": view.x._asdict(), "y": view.y._asdict(), "data": data})
+    views.append({"name": view.name, "x": view.x._asdict(), "y": view.y._asdict(), "data": data, "shares": view.shares})
   return {"title": chart.title, "kind": chart.kind, "views": views}
 
 
@@ -97,12 +98,16 @@ def _json(value) -> str:
 
 
 def _table(table: Table) -> str:
-  def cell(tag, i, text):
+  def cell(tag, i, text, again=False):
     scope = ' scope="row"' if tag == "th" else ""
-    return f"<{tag}{scope}{'' if i < table.labels else ' class=number'}>{html.escape(text)}</{tag}>"
+    kind = " class=again" if again else "" if i < table.labels else " class=number"
+    return f"<{tag}{scope}{kind}>{html.escape(text)}</{tag}>"
 
-  head = "".join(cell("th", i, c).replace('"row"', '"col"') for i, c in enumerate(table.columns))
-  body = "".join(f"<tr>{''.join(cell('td' if i else 'th', i, c) for i, c in enumerate(r))}</tr>\n" for r in table.rows)
+  head, body, name = "".join(cell("th", i, c).replace('"row"', '"col"') for i, c in enumerate(table.columns)), "", None
+  for first, *rest in table.rows:  # the rows of a model follow each other: its name is prominent once
+    cells = "".join(cell("td", i, c) for i, c in enumerate(rest, 1))
+    body += f"<tr>{cell('th', 0, first, first == name)}{cells}</tr>\n"
+    name = first
   grid = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
   notes = "".join(f'\n<p class="note">{html.escape(note)}</p>' for note in table.notes)
   return f'<h3>{html.escape(table.title)}</h3>\n<div class="wide">{grid}</div>{notes}'

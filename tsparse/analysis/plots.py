@@ -8,7 +8,9 @@ from tsparse.analysis.charts import Axis, Chart, View
 # Okabe and Ito's colour-blind safe hues, set to a lightness that reads on white and on near-black alike.
 COLOURS = ("#2b83c4", "#d9692a", "#159a78", "#b5679d", "#a88a12")
 MARKERS = ("o", "s", "D", "^", "v")
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (4, 1, 1, 1, 1, 1)))
+DASHES = (
+  "-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1.5, 1.5, 1.5, 4)), (0, (8, 2, 1, 1)),
+)  # fmt: skip
 INK, GRID = "#24292f", "#8c959f"
 STYLE = {
   "axes.edgecolor": GRID,
@@ -63,22 +65,29 @@ def _lines(axes, view: View, models: list[str]):
       axes.plot(x, y, "o", mfc="none", mec=COLOURS[i], mew=1.8, ms=11, clip_on=False, zorder=3)
     elif series.mark == "dots":
       axes.plot(x, y, ".", color=COLOURS[i], ms=6, alpha=0.6, mew=0, clip_on=False)
+    elif series.mark == "thin":
+      axes.plot(x, y, color=COLOURS[i], lw=0.9, alpha=0.6)
     else:
       marker = MARKERS[i] if len(x) <= 40 and series.mark == "line" else None
       step = "steps-mid" if series.mark == "step" else "default"
-      axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % 5], marker=marker, ms=4, lw=2, drawstyle=step)
+      axes.plot(x, y, color=COLOURS[i], ls=DASHES[style % len(DASHES)], marker=marker, ms=4, lw=2, drawstyle=step)
     end = max(series.points)
-    if series.mark != "dots" and end > ends.get(series.model, ([-math.inf], ""))[0]:
+    if series.mark not in ("dots", "thin") and end > ends.get(series.model, ([-math.inf], ""))[0]:
       ends[series.model] = end, COLOURS[i]
   if any(series.mark == "ring" for series in view.data):
     label = "as it is: natural zeros, nothing masked"
     axes.plot([], [], "o", mfc="none", mec=GRID, mew=1.8, ms=9, label=label)
   for number, style in enumerate(styles):
     scatter = all(series.mark == "dots" for series in view.data if series.style == style)
-    look = {"marker": ".", "ls": ""} if scatter else {"ls": DASHES[number % 5]}
-    axes.plot([], [], color=GRID, lw=2, label=style, **look)
+    thin = any(series.mark == "thin" for series in view.data if series.style == style)
+    look = (
+      {"marker": ".", "ls": ""} if scatter else {"ls": "-", "lw": 0.9} if thin else {"ls": DASHES[number % len(DASHES)]}
+    )
+    axes.plot([], [], color=GRID, label=style, **({"lw": 2} | look))
   if axes.get_legend_handles_labels()[0]:
-    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=10, handletextpad=0.5, borderaxespad=0)
+    axes.legend(
+      loc="best", frameon=False, labelcolor=INK, fontsize=10, handlelength=2.6, handletextpad=0.5, borderaxespad=0
+    )
   _scale(axes.xaxis, view.x, xs)
   _scale(axes.yaxis, view.y, ys)
   _label_ends(axes, [(*point, name, colour) for name, (point, colour) in ends.items()])
@@ -102,7 +111,7 @@ def _heat(axes, view: View, models: list[str]):
   values = [[math.nan if value is None else value for value in row] for row in view.data]
   width = max(map(len, values))
   image = axes.imshow([row + [math.nan] * (width - len(row)) for row in values], aspect="auto", cmap="viridis", vmin=0)
-  axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=None))
+  axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=None) if view.shares else None)
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -133,6 +142,8 @@ def _scale(axis, settings: Axis, values: list[float]):
     axes.set(**{f"{name}lim": (0.95 * low, max(1.2 * low, 1.05 * high))})
   elif settings.label in ("layer", "expert"):
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  else:
+    axis.set_major_locator(MaxNLocator(6))
 
 
 def _label_ends(axes, ends, gap=15):

@@ -8,6 +8,7 @@ simple and exact; `reached` says which of it the model uses.
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from flax import struct
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
+from tsparse.models.ffn import Intervention, ffn_input
 from tsparse.models.loss import scored
+from tsparse.models.router import route, router_logits
 from tsparse.models.transformer import FeedForward, Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
 
@@ -31,6 +34,7 @@ class Seen(NamedTuple):
   """What the FFN (E = 1) or the routed experts of one layer did on a batch, in the compute dtype.
 
   Attributes:
+    x: [B, T, D], what gate and up read.
     gate: [B, T, E, F], x times the gate weights.
     up: [B, T, E, F].
     hidden: [B, T, E, F], what `down` reads.
@@ -39,6 +43,7 @@ class Seen(NamedTuple):
     positions: [B, T] int32, of the tokens in their segment.
   """
 
+  x: Array
   gate: Array
   up: Array
   hidden: Array
@@ -52,6 +57,11 @@ class Seen(NamedTuple):
     By place in the row, so that int32 holds it: the host adds places up in float64.
     """
     return jnp.sum(mask & self.reached[..., None], axis=(0, 2, 3), dtype=jnp.int32)
+
+  def count_each(self, mask: Array) -> Array:
+    """[E, T] int32: the same of each expert; [E, 1], all places together, where int32 holds that."""
+    counts = jnp.sum(mask & self.reached[..., None], axis=(0, 3), dtype=jnp.int32).T
+    return counts if math.prod(mask.shape) // mask.shape[2] >= 1 << 31 else counts.sum(axis=1, keepdims=True)
 
 
 Observe = Callable[[Seen, Any], Any]  # (seen, settings of the layer) -> sums over its tokens, a pytree of arrays
@@ -96,7 +106,8 @@ def probe(
   batches: Sequence[dict[str, np.ndarray]],
   mesh: jax.sharding.Mesh,
   observe: Observe,
-  settings: Any = None,
+  settings: dict[str, Any] | None = None,
+  intervention: dict[str, Intervention] | None = None,
 ) -> Probed:
   """Runs the model over the batches and adds up what `observe` makes of each FFN, in memory that does not grow.
 
@@ -107,7 +118,9 @@ def probe(
     mesh: the devices, set by `jax.set_mesh`.
     observe: a pure function, called with each layer's FFN (its routed and its shared experts one after the other) and
       the layer's settings. One program is compiled for each such function and shape of the settings.
-    settings: a pytree whose leaves have a leading axis L. They are traced.
+    settings: by kind of FFN, a pytree whose leaves have a leading axis L of its own layers. They are traced.
+    intervention: optional, as a Transformer takes it; what it leaves of the hidden and of what gate and up read is
+      observed.
 
   Raises:
     UserError: the loss is not finite.
@@ -115,7 +128,7 @@ def probe(
   plain = Transformer(dataclasses.replace(model.config, moe_impl="dense", remat="none"))
   total = None
   for batch in batches:
-    nll, found = _batch_sums(plain, observe, params, place(batch, mesh), settings)
+    nll, found = _batch_sums(plain, observe, params, place(batch, mesh), settings or {}, intervention or {})
     if not np.isfinite(nll):
       raise UserError(_first_not_finite({kind: np.asarray(finite) for kind, (_, finite, _) in found.items()}))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
@@ -142,14 +155,16 @@ class _Probe:
   """Travels as the intervention on a kind of FFN, so that the model's scan gives it the settings of its layer."""
 
   settings: Any
+  intervention: Any
   observe: Observe = struct.field(pytree_node=False)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(model, observe, params, batch, settings):
+def _batch_sums(model, observe, params, batch, settings, intervention):
   """Sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
-  probes = {kind: _Probe(of_kind, observe) for kind, of_kind in by_kind(settings, model.config).items()}
+  kinds = ffn_layers(model.config)
+  probes = {kind: _Probe(settings.get(kind), intervention.get(kind), observe) for kind in kinds}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):
     nll, _, found, _ = token_losses(model, params, batch, probes)
   return replicate((jnp.sum(nll, where=scored(batch)), found))
@@ -162,23 +177,37 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
   x, valid, interventions = (bound.arguments[name] for name in ("x", "valid", "interventions"))
-  probe, weights, sums = interventions["ffn"], ffn.variables["params"], []
+  weights = ffn.variables["params"]
   down = weights["down"].astype(x.dtype)
-  reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]
-
-  def watch(gate, up, hidden, expert):
-    del expert  # all of them, in order
-    whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (gate, up, hidden))  # a dense FFN is one expert
-    sums.append(probe.observe(Seen(*whole, reached, down.reshape(-1, *down.shape[-2:]), positions), probe.settings))
-    return hidden
-
+  reached = valid[..., None]
+  if down.ndim == 3:
+    chosen, _ = route(router_logits(x, weights["router"]), valid, ffn.config.experts_per_token)  # [B, T, k]
+    reached = jax.nn.one_hot(chosen, down.shape[0], dtype=jnp.bool).any(axis=2)
+  watch = _Watch(interventions["ffn"], x, reached, down.reshape(-1, *down.shape[-2:]), positions)
   bound.arguments["interventions"] = interventions | {"ffn": watch}
   out, counts, *rest = call(*bound.args[1:], **bound.kwargs)
   finite = jnp.all(jnp.isfinite(out) | ~valid[..., None])
-  return out, counts | {"ffn": (counts["ffn"], finite, *sums)}, *rest
+  return out, counts | {"ffn": (counts["ffn"], finite, watch.sums)}, *rest
 
 
-def _reached(x: Array, router: Array, valid: Array, experts_per_token: int) -> Array:
-  """[B, T, E] bool: the experts that each real token is routed to; the choice of `models/moe.route`."""
-  _, chosen = jax.lax.top_k(jnp.einsum("btd,de->bte", x.astype(jnp.float32), router), experts_per_token)
-  return jax.nn.one_hot(chosen, router.shape[1], dtype=jnp.bool).any(axis=2) & valid[..., None]
+@dataclasses.dataclass
+class _Watch:
+  """The intervention that has an FFN observed, after the one of its probe."""
+
+  probe: _Probe
+  x: Array
+  reached: Array
+  down: Array
+  positions: Array
+  sums: Any = None
+
+  def on_input(self, x: Array) -> Array:
+    self.x = ffn_input(x, self.probe.intervention)
+    return self.x
+
+  def __call__(self, gate: Array, up: Array, hidden: Array, expert: Array | None) -> Array:
+    if self.probe.intervention is not None:
+      hidden = self.probe.intervention(gate, up, hidden, expert)
+    whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (gate, up, hidden))  # a dense FFN is one expert
+    self.sums = self.probe.observe(Seen(self.x, *whole, self.reached, self.down, self.positions), self.probe.settings)
+    return hidden

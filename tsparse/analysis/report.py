@@ -58,6 +58,8 @@ def print_table(analysis: dict, console) -> None:
     console.print()
     for note in table.notes:
       console.print(Text(note))
+    if table.notes:
+      console.print()
   for note in notes(analysis):
     console.print(Text(note))
 

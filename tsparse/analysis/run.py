@@ -14,7 +14,7 @@ from tsparse import files, sharding, workdir
 from tsparse.analysis import confidence, neurons
 from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
 from tsparse.analysis.masks import check_selections
-from tsparse.analysis.observe import PARTS, check_parts
+from tsparse.analysis.observe import DEFAULT_PARTS, check_parts
 from tsparse.analysis.report import print_table, write_report
 from tsparse.convert.model import Model, open_model
 from tsparse.data import (
@@ -31,6 +31,7 @@ from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
+from tsparse.train.log import final_loss
 
 SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
 CALIBRATION_TOKENS = 8192  # that thresholds are found on
@@ -71,7 +72,7 @@ class Case:
 
 def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
   """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  total = sum(passes(case.data, case.levels, case.selections, case.parts) for case in cases)
+  total = sum(passes(case.config, case.data, case.levels, case.selections, case.parts) for case in cases)
   with ProgressLine(console, "analysis", 0, total) as bar:
     models = [_analyze_case(case, mesh, bar) for case in cases]
   return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
@@ -81,7 +82,7 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
   model = Transformer(case.config)
   shapes, logical = abstract_parameters(model)
   params, tokens = case.stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))
-  return analyze(
+  made = analyze(
     case.name,
     model,
     params,
@@ -99,6 +100,8 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     keep=case.keep,
     progress=bar.advance,
   )
+  trained = case.stored.step and case.config.activation == case.stored.config.activation  # here, and as it is analysed
+  return made | ({"training_loss": final_loss(case.stored.path, case.stored.step)} if trained else {})
 
 
 def run(
@@ -111,13 +114,14 @@ def run(
   selections: Sequence[str] = ("hidden",),
   mask_shared: bool = False,
   paper: bool = False,
-  parts: Sequence[str] = tuple(PARTS),
+  parts: Sequence[str] = DEFAULT_PARTS,
   export: str = "",
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
   root: str = "",
   text_field: str = "text",
+  also: str = "",
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
@@ -138,6 +142,7 @@ def run(
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
+    also: another D, on which loss, zeros and hot neurons are compared with those on `data`; "" for none.
     console: where progress and tables are printed.
 
   Raises:
@@ -145,11 +150,15 @@ def run(
   """
   console = console or Console()
   check_selections(selections)
+  if also == data:
+    raise UserError(f"--also={also} is the same as --data: give another text, or leave it out.")
   check_parts(parts)
   neurons.check_form(export)
   files.check_new(out)
   names = unique_names(models)
   stored = [open_model(Path(model)) for model in models]
+  if "experts" in parts and not any(model.config.num_experts for model in stored):
+    raise UserError("--parts=experts masks one expert after the other, and no --model has experts: leave it out.")
   limit = min(model.config.max_seq_len for model in stored)
   seq_len = seq_len or min(SEQ_LEN, limit)
   if seq_len > limit:
@@ -167,7 +176,7 @@ def run(
   with console.status("reading the data"):
     settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
     sizes = {"seq_len": seq_len, "batch_size": batch_size}
-    texts = _texts(stored, settings, max_tokens=tokens, **sizes)
+    texts = _texts(stored, settings, also, max_tokens=tokens, **sizes)
     others = [
       _calibration(model, settings, text, sizes) if "thresholds" in parts else None
       for model, (text, _) in zip(stored, texts, strict=True)
@@ -241,9 +250,10 @@ def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:
 
 
 def _texts(
-  stored: Sequence[Model], data: DataSettings, **sizes
+  stored: Sequence[Model], data: DataSettings, also: str, **sizes
 ) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
-  """The batches of each model, of the whole and of each source, tokenized once for each vocabulary."""
+  """The batches of each model, of the whole and of each source and what is `also` read, tokenized once for each
+  vocabulary."""
   known: list[tuple[Any, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
   result = []
   for model in stored:
@@ -262,7 +272,11 @@ def _texts(
           f"--data={data.validation} holds {text.tokens} tokens, less than a row of {sizes['seq_len']}: give more, or "
           f"--seq_len={text.tokens} at most."
         )
-      found = text, evaluation_by_source(own, **sizes)
+      sources = evaluation_by_source(own, **sizes)
+      if also:
+        second = evaluation_batches(dataclasses.replace(own, validation=also), **sizes)
+        sources = (sources or {data.validation: text}) | {also: second}
+      found = text, sources
       known.append((vocabulary, found))
     result.append(found)
   return result

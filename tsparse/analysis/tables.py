@@ -37,6 +37,7 @@ def tables(analysis: dict) -> list[Table]:
     *confidence(models, analysis.get("comparisons") or []),
     *methods(models),
     *experts(models),
+    *expert_curves(models),
     *neurons(models),
     *unions(models),
     *accounts(models),
@@ -100,7 +101,7 @@ def confidence(models: list[dict], comparisons: list[dict]) -> Iterator[Table]:
         m["name"],
         _interval(found["loss"], number),
         _interval(found["perplexity"], perplexity),
-        _interval(zeros, lambda x: f"{x:.2%}") if zeros else "one batch",
+        _interval(zeros, lambda x: f"{x:.2%}") if zeros else "one document",
         f"{m['documents']:,}",
       ])  # fmt: skip
   if rows:
@@ -169,6 +170,32 @@ def experts(models: list[dict]) -> Iterator[Table]:
     yield Table("Router and neurons together", columns, rows, key="experts", terms=("joint", "load", "entropy"))
 
 
+def expert_curves(models: list[dict]) -> Iterator[Table]:
+  """Error of the experts by level, and perplexity with one of them masked, where that was measured."""
+  curves = {m["name"]: (m.get("experts") or {}).get("curves") or {} for m in models}
+  measured = {"error": ("output's error", percent), "perplexity": ("perplexity", perplexity)}
+  measured = {key: how for key, how in measured.items() if any(of.get(key) for of in curves.values())}
+  rows = []
+  for name, of in curves.items():
+    for i, level in enumerate(of.get("levels") or ()):
+      row = [name, _level(level)]
+      for key, (_, shown) in measured.items():
+        layers = enumerate(of.get(key) or ())
+        found = [(v[i], f"{layer}.{e}") for layer, experts in layers for e, v in enumerate(experts) if v[i] is not None]
+        mean = [shown(sum(value for value, _ in found) / len(found))] if found else [""]
+        row += mean + ([shown(min(found)[0]), shown(max(found)[0]), max(found)[1]] if found else ["", "", ""])
+      rows.append(row)
+  if rows:
+    columns = [
+      "model",
+      "sparsity",
+      *(x for what, _ in measured.values() for x in (f"{what}, mean", "least", "most", "of")),
+    ]
+    note = "of: layer.expert, counted from 0 among the layers that have experts. Perplexity is the whole model's."
+    terms = ("expert_curves", "sparsity")
+    yield Table("Experts under the mask", columns, rows, 2, 4, "experts_masked", terms, (note,))
+
+
 def neurons(models: list[dict]) -> Iterator[Table]:
   """Hot neurons and whether they stay the same."""
   rows = []
@@ -183,6 +210,14 @@ def neurons(models: list[dict]) -> Iterator[Table]:
     columns = ["model", "neurons that make 80%", "hottest 20% kept", "rank correlation"]
     terms = ("neurons", "hot_share_80", "stability", "coactivation")
     yield Table("Hot neurons", columns, rows, key="neurons", terms=terms)
+  rows = []
+  for m in models:
+    for pair in (m.get("neurons") or {}).get("between") or ():
+      kept = [pair[key]["mean"] for key in ("hot_overlap", "rank_correlation")]
+      rows.append([m["name"], " and ".join(pair["texts"]), percent(kept[0]), number(kept[1])])
+  if rows:
+    columns = ["model", "texts", "hottest 20% kept", "rank correlation"]
+    yield Table("Hot neurons on different texts", columns, rows, 2, key="neurons_between", terms=("stability",))
 
 
 def unions(models: list[dict]) -> Iterator[Table]:
@@ -223,7 +258,7 @@ def accounts(models: list[dict]) -> Iterator[Table]:
 
 
 def by_source(models: list[dict]) -> Iterator[Table]:
-  """Of mixtures: loss and zeros of every model on what each source holds out."""
+  """Loss and zeros of every model on other texts, such as what each source of a mixture holds out."""
   models = [m for m in models if m.get("sources")]
   if not models:
     return

@@ -20,6 +20,7 @@ from tsparse.data.lanes import Lane, Mixer
 from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
 from tsparse.data.resolve import Source
 from tsparse.data.settings import DataSettings, data_settings
+from tsparse.data.spool import Spool, spool
 from tsparse.data.streams import FileStream, Stream, TaskStream
 from tsparse.errors import UserError
 
@@ -258,8 +259,9 @@ class EvaluationSet:
   """Batches to evaluate on; a target counts where `loss_mask` is 1.
 
   Attributes:
-    batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape.
-    document_ids: of each batch int32 [B, T], the document of each scored target, from 0; -1 where there is none.
+    batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape. They
+      are in a temporary file: memory is that of a batch, and of 8 bytes a document.
+    document_ids: of each batch int32 [B, T], the document of each target, scored or not, from 0; -1 on padding.
     documents: how many documents they hold.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
       conversations all, though only some are scored.
@@ -269,8 +271,8 @@ class EvaluationSet:
     eos: whether documents end with an end-of-text token.
   """
 
-  batches: list[dict[str, np.ndarray]]
-  document_ids: list[np.ndarray]
+  batches: Sequence[dict[str, np.ndarray]]
+  document_ids: Sequence[np.ndarray]
   documents: int
   tokens: int
   split: str
@@ -311,44 +313,51 @@ def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens
 def _evaluation_set(
   chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0
 ) -> EvaluationSet:
-  documents, tokens, complete = [], 0, True
+  lengths, tokens, complete, scored = [], 0, True, False  # of the documents so far
   data = dataclasses.replace(data, cached="")  # few are read, and always the same ones
   whole = _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens)
-  for tokens_of, mask in itertools.islice(whole, skip, None):
-    complete = tokens + len(tokens_of) <= max_tokens
-    if not complete and documents:
-      break
-    documents.append(Piece(tokens_of[:max_tokens], mask[:max_tokens]))
-    tokens += len(documents[-1].tokens)
-    if not complete:
-      break
+
+  def documents() -> Iterator[Piece]:
+    nonlocal tokens, complete, scored
+    for tokens_of, mask in itertools.islice(whole, skip, None):
+      complete = tokens + len(tokens_of) <= max_tokens
+      if not complete and lengths:
+        return
+      lengths.append(min(len(tokens_of), max_tokens))
+      tokens += lengths[-1]
+      scored = scored or bool(mask[:max_tokens].any())
+      yield Piece(tokens_of[:max_tokens], mask[:max_tokens])
+      if not complete:
+        return
+
+  packer = Packer(documents(), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
+  batches = spool(_evaluation_batches(packer, batch_size, lengths))
   split = chosen[0][1]
   if not tokens:
     raise UserError(
       f"The validation data {chosen[0][0].name!r} has no text in split {split!r}; set data.validation to another."
     )
-  if not any(piece.mask.any() for piece in documents):
+  if not scored:
     raise UserError(
       f"The first {tokens} tokens of the validation data {chosen[0][0].name!r} hold nothing an assistant says, so that "
       "there is nothing to score; evaluate on more tokens, config.analysis.tokens, or set data.validation to another."
     )
-  packer = Packer(iter(documents), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
-  rows = list(_rows(packer))
-  batches = [stack_rows(rows[i : i + batch_size], batch_size) for i in range(0, len(rows), batch_size)]
-  ids = document_ids(batches, [len(document.tokens) for document in documents])
-  return EvaluationSet(batches, ids, len(documents), tokens, split, complete, data.vocabulary, data.eos)
+  ids = batches.arrays[:, -1]
+  batches = Spool(batches.keys[:-1], batches.arrays[:, :-1])
+  return EvaluationSet(batches, ids, len(lengths), tokens, split, complete, data.vocabulary, data.eos)
 
 
-def document_ids(batches: list[dict[str, np.ndarray]], lengths: list[int]) -> list[np.ndarray]:
-  """Of each batch int32 [B, T], the document of each scored target and -1 elsewhere: packing keeps their order."""
-  left = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-  result = []
-  for batch in batches:
-    ids = np.full(batch["segment_ids"].shape, -1, np.int32)
-    real = batch["segment_ids"] > 0
+def _evaluation_batches(packer: Packer, batch_size: int, lengths: list[int]) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of the rows, each with `document_ids` last: the document of each target, in the order of the `lengths` of
+  those that the packer has taken, which packing keeps, and -1 on padding."""
+  rows, left, known = _rows(packer), np.zeros(0, np.int32), 0
+  while some := list(itertools.islice(rows, batch_size)):
+    batch = stack_rows(some, batch_size)
+    new = np.arange(known, len(lengths), dtype=np.int32)
+    left, known = np.concatenate([left, np.repeat(new, lengths[known:])]), len(lengths)
+    ids, real = np.full(batch["segment_ids"].shape, -1, np.int32), batch["segment_ids"] > 0
     ids[real], left = left[: real.sum()], left[real.sum() :]
-    result.append(np.where(batch["loss_mask"] > 0, ids, -1))
-  return result
+    yield batch | {"document_ids": ids}
 
 
 def _whole_documents(mixer: Mixer, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

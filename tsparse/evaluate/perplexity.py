@@ -30,15 +30,13 @@ class Evaluation:
     nll: sum of -ln p over the tokens, nats.
     tokens: number of tokens scored.
     counts: by kind of FFN, fired [L, E, F] and routed [L, E], float64 numpy arrays.
-    token_nll: of each batch [B, T] float32, -ln p of its targets, 0 where there is none.
-    batch_zeros: [batches, 2] float64, zeros in the hidden and all its entries.
+    documents: sums over each document, if asked for.
   """
 
   nll: float
   tokens: int
   counts: ModelCounts
-  token_nll: Sequence[np.ndarray] = ()
-  batch_zeros: np.ndarray | None = None
+  documents: "Documents | None" = None
 
   @property
   def loss(self) -> float:
@@ -56,13 +54,47 @@ class Evaluation:
     return float(model_zero_fraction(self.counts))
 
 
+class Documents:
+  """Sums over the tokens of each document, added up batch by batch: memory is that of the documents, not the tokens.
+
+  Attributes:
+    sums: [documents, 4] float64: -ln p of the scored targets (nats), their number, and zeros and entries of the hidden
+      of all tokens.
+  """
+
+  def __init__(self, documents: int):
+    self.sums = np.zeros((documents, 4))
+
+  def add(self, ids: np.ndarray, nll: np.ndarray, scored: np.ndarray, fired: np.ndarray, entries: float):
+    """Adds a batch.
+
+    Args:
+      ids: [B, T] int32, the document of each token, -1 on padding.
+      nll: [B, T], -ln p of the targets.
+      scored: [B, T] bool, which targets count.
+      fired: [B, T], non-zero entries in the hidden of each token.
+      entries: of the hidden of a token.
+    """
+    real = ids >= 0
+    if not real.any():
+      return
+    first = ids[real].min()  # a batch holds documents that follow each other
+    columns = np.where(scored, nll, 0)[real], scored[real], entries - fired[real], np.full(real.sum(), entries)
+    for column, values in enumerate(columns):
+      added = np.bincount(ids[real] - first, values)
+      self.sums[first : first + len(added), column] += added
+
+
 def batch_losses(
   model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
-) -> tuple[jax.Array, ModelCounts]:
-  """-ln p of a batch's scored targets, 0 elsewhere, and the counts of its hidden. Jitted for `evaluate_each`."""
+) -> tuple[jax.Array, jax.Array, ModelCounts]:
+  """Of a batch: -ln p of its scored targets (0 elsewhere) and the entries of each token's hidden that fired, [B, T]
+  float32 each, and the counts of its hidden. Jitted for `evaluate_each`."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
-  nll, _, counts, _ = token_losses(model, params, batch, intervention)  # [B, T]
-  return replicate((jnp.where(scored(batch), nll, 0), counts))  # every host reads all of it
+  nll, _, counts, _ = token_losses(model.clone(by_token=True), params, batch, intervention)  # [B, T]
+  fired = sum(c.by_token.sum(0) for c in counts.values())  # of all layers
+  counts = {kind: c.replace(by_token=None) for kind, c in counts.items()}
+  return replicate((jnp.where(scored(batch), nll, 0), fired, counts))  # every host reads all of it
 
 
 compiled = jax.jit(batch_losses, static_argnums=0)
@@ -86,6 +118,8 @@ def evaluate_each(
   mesh: jax.sharding.Mesh,
   interventions: Sequence[Any],
   progress: Callable[[], None] = lambda: None,
+  document_ids: Sequence[np.ndarray] = (),
+  documents: int = 0,
 ) -> list[Evaluation]:
   """Loss and firing counts under each of some interventions, in one pass over the data.
 
@@ -96,23 +130,24 @@ def evaluate_each(
     mesh: the devices; it must be set by `jax.set_mesh`.
     interventions: see Transformer; None leaves the hidden alone. Those of equal structure share a compilation.
     progress: called after each forward pass, one for each batch and intervention.
+    document_ids: of each batch [B, T], the document of each target, -1 on padding.
+    documents: how many there are; 0 for no sums over documents.
   """
-  nll, zeros = [[] for _ in interventions], [[] for _ in interventions]
-  total: list[Any] = [None for _ in interventions]
-  for batch in batches:
-    placed = place(batch, mesh)
+  total: list[Any] = [(0.0, 0, None) for _ in interventions]
+  sums = [Documents(documents) if documents else None for _ in interventions]
+  for number, batch in enumerate(batches):
+    placed, counted = place(batch, mesh), scored(batch)
     for i, intervention in enumerate(interventions):
-      losses, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
+      nll, fired, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
       counts = jax.tree.map(lambda x: x.astype(np.float64), counts)
-      fired, entries = (
-        sum(x.sum() for x in part) for part in zip(*map(fired_and_entries, counts.values()), strict=True)
-      )
-      nll[i].append(losses)
-      zeros[i].append((entries - fired, entries))
-      total[i] = counts if total[i] is None else jax.tree.map(np.add, total[i], counts)
+      if documents:
+        real = batch["segment_ids"] > 0
+        entries = sum(fired_and_entries(c)[1].sum() for c in counts.values()) / max(real.sum(), 1)  # of each token
+        sums[i].add(document_ids[number], nll, counted, fired, entries)
+      part = nll.sum(dtype=np.float64), int(counted.sum()), counts
+      total[i] = part if total[i][2] is None else jax.tree.map(np.add, total[i], part)
       progress()
-  tokens = sum(int(scored(batch).sum()) for batch in batches)
   return [
-    Evaluation(float(sum(x.sum(dtype=np.float64) for x in losses)), tokens, counts, losses, np.array(entries))
-    for losses, counts, entries in zip(nll, total, zeros, strict=True)
+    Evaluation(float(nll), int(tokens), counts, of_documents)
+    for (nll, tokens, counts), of_documents in zip(total, sums, strict=True)
   ]

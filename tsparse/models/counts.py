@@ -28,10 +28,13 @@ class HiddenCounts:
   Attributes:
     fired: [..., E, F] float32, tokens for which the neuron's hidden entry was not exactly zero.
     routed: [..., E] float32, tokens that reached the expert (padding never counts).
+    by_token: [..., B, T] float32, entries of each token's hidden, of all experts it reached, that were not exactly zero
+      (0 on padding); None where it was not asked for.
   """
 
   fired: Array
   routed: Array
+  by_token: Array | None = None
 
 
 # The counts of a model by kind of FFN: "ffn" those of all layers, or the routed experts; "shared" the shared experts
@@ -47,6 +50,11 @@ def count_fired(hidden: Array, counted: Array) -> Array:
     counted: [B, T, ...] bool, the tokens that count.
   """
   return jnp.sum((hidden != 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
+
+
+def count_fired_by_token(hidden: Array, counted: Array) -> Array:
+  """[B, T] float32: for each token its non-zero hidden entries. Arguments as for `count_fired`."""
+  return jnp.sum((hidden != 0) & counted[..., None], axis=tuple(range(2, hidden.ndim)), dtype=jnp.float32)
 
 
 def zero_fraction(counts: HiddenCounts) -> Array:

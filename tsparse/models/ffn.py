@@ -5,14 +5,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tsparse.models.counts import HiddenCounts, count_fired
+from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token
 from tsparse.models.layers import project
 from tsparse.sharding import constrain
 
 Array = jax.Array
 # What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but expert,
-# int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks.
+# int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks. It may also have a
+# method `on_input`, which changes what gate and up read (`ffn_input`).
 Intervention = Callable[[Array, Array, Array, Array | None], Array]
+
+
+def ffn_input(x: Array, intervene: Intervention | None) -> Array:
+  """What gate and up read of x [B, T, D], the same for all experts: intervene.on_input(x) if there is such a method."""
+  on_input = getattr(intervene, "on_input", None)
+  return x if on_input is None else on_input(x)
 
 
 def gated_hidden(
@@ -39,6 +46,7 @@ def feed_forward(
   activation: Callable[[Array, Array], Array],
   predicted: Array | None = None,
   intervene: Intervention | None = None,
+  by_token: bool = False,
 ) -> tuple[Array, HiddenCounts]:
   """down(act(x gate, x up)): Turbo Sparse (arXiv 2406.05955) eq. 1-2.
 
@@ -51,11 +59,16 @@ def feed_forward(
     activation: (gate, up) -> hidden.
     predicted: optional mask [B, T, F] of the hidden (models/predictor.py).
     intervene: optional change of the hidden.
+    by_token: fill in the `by_token` of the counts.
 
   Returns:
     [B, T, D], and counts with E = 1.
   """
   gate, up = project("btd,df->btf", x, gate), project("btd,df->btf", x, up)
   hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene), "BTF")  # [B, T, F]
-  counts = HiddenCounts(fired=count_fired(hidden, valid)[None], routed=jnp.sum(valid, dtype=jnp.float32)[None])
+  counts = HiddenCounts(
+    fired=count_fired(hidden, valid)[None],
+    routed=jnp.sum(valid, dtype=jnp.float32)[None],
+    by_token=count_fired_by_token(hidden, valid) if by_token else None,
+  )
   return project("btf,fd->btd", hidden, down), counts

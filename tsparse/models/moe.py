@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
-from tsparse.models.counts import HiddenCounts, count_fired
+from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token
 from tsparse.models.dispatch import GROUP, Dispatch, at_home, gathered, sent
 from tsparse.models.ffn import Intervention, gated_hidden
 from tsparse.models.grouped import grouped_matmul, membership
@@ -59,6 +59,7 @@ def moe(
   renormalize: bool = True,
   predictors: Predictors | None = None,
   intervene: Intervention | None = None,
+  by_token: bool = False,
 ) -> tuple[Array, HiddenCounts]:
   """sum over the chosen experts e of weight_e down_e(act(x gate_e, x up_e)): the same numbers by any implementation.
 
@@ -73,12 +74,13 @@ def moe(
     renormalize: see `route`.
     predictors: optional, of the experts.
     intervene: optional change of the hidden of each expert.
+    by_token: fill in the `by_token` of the counts.
 
   Returns:
     [B, T, D], and counts over the tokens routed to each expert.
   """
   chosen, weights = route(logits, valid, experts_per_token, renormalize)
-  return IMPLEMENTATIONS[impl](x, chosen, weights, experts, predictors, activation, intervene)
+  return IMPLEMENTATIONS[impl](x, chosen, weights, experts, predictors, activation, intervene, by_token)
 
 
 def moe_dense(
@@ -89,6 +91,7 @@ def moe_dense(
   predictors: Predictors | None,
   activation: Callable[[Array, Array], Array],
   intervene: Intervention | None,
+  by_token: bool = False,
 ) -> tuple[Array, HiddenCounts]:
   """Every expert on every token, weighted by the router. Arguments and results are those of `moe`."""
   one_hot = jax.nn.one_hot(chosen, experts.gate.shape[0], dtype=jnp.float32)  # [B, T, k, E]
@@ -98,7 +101,11 @@ def moe_dense(
   predicted = None if predictors is None else predict(predictors.x, predictors.fc1, predictors.fc2)
   number = jnp.arange(experts.gate.shape[0])  # [E]
   hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene, number), "BTEF")  # [B, T, E, F]
-  counts = HiddenCounts(fired=count_fired(hidden, routed), routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32))
+  counts = HiddenCounts(
+    fired=count_fired(hidden, routed),
+    routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32),
+    by_token=count_fired_by_token(hidden, routed) if by_token else None,
+  )
   out = jnp.einsum("btef,efd->bted", hidden, experts.down)  # [B, T, E, D]
   return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts
 
@@ -111,6 +118,7 @@ def moe_grouped(
   predictors: Predictors | None,
   activation: Callable[[Array, Array], Array],
   intervene: Intervention | None,
+  by_token: bool = False,
   *,
   dispatch: Dispatch,
 ) -> tuple[Array, HiddenCounts]:
@@ -125,7 +133,7 @@ def moe_grouped(
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return _grouped(activation, at_home, (), (), x, chosen, weights, experts, predictors, intervene)
+    return _grouped(activation, at_home, (), (), by_token, x, chosen, weights, experts, predictors, intervene)
   if mesh.shape["expert"] == 1:
     dispatch = at_home
   e, f, batch = (None if dispatch is at_home else "expert"), "tensor", sharding.RULES["B"]
@@ -138,7 +146,7 @@ def moe_grouped(
 
   by_row, inner = P(batch), P(e, None, f)
   grouped = jax.shard_map(
-    functools.partial(_grouped, activation, dispatch, (f,), tuple(axis for axis in batch if axis != e)),
+    functools.partial(_grouped, activation, dispatch, (f,), tuple(axis for axis in batch if axis != e), by_token),
     in_specs=(
       by_row,
       by_row,
@@ -147,14 +155,14 @@ def moe_grouped(
       None if predictors is None else Predictors(P(e, None, None), inner, by_row),
       P(),
     ),
-    out_specs=(by_row, HiddenCounts(P(e, f), P(e))),
+    out_specs=(by_row, HiddenCounts(P(e, f), P(e), by_row if by_token else None)),
     check_vma=False,  # the grouped product's loops and kernels carry no such types
   )
   if predictors is not None:
     predictors = predictors._replace(x=pad(predictors.x))
   args = pad(x), pad(chosen, experts.gate.shape[0]), pad(weights), experts, predictors, intervene
   out, counts = grouped(*args)
-  return out[:rows], counts
+  return out[:rows], counts.replace(by_token=counts.by_token[:rows]) if by_token else counts
 
 
 def _grouped(
@@ -162,6 +170,7 @@ def _grouped(
   dispatch: Dispatch,
   neurons: tuple[str, ...],
   batch: tuple[str, ...],
+  by_token: bool,
   x: Array,
   chosen: Array,
   weights: Array,
@@ -176,6 +185,7 @@ def _grouped(
     dispatch: how tokens reach their experts.
     neurons: the mesh axes that split the neurons; none without a mesh.
     batch: the mesh axes that split the tokens which the experts here see; none without a mesh.
+    by_token: fill in the `by_token` of the counts.
     x: [B, T, D], this device's rows, and so are those of `chosen`, `weights` and `predictors.x`.
     chosen: [B, T, k], of all experts.
     weights: [B, T, k].
@@ -207,7 +217,13 @@ def _grouped(
 
   out = deliver(grouped_matmul(hidden, experts.down, sizes)).reshape(x.shape)
   out = jax.lax.psum(out, neurons) if neurons else out
-  return out, jax.lax.psum(counts, batch) if batch else counts
+  counts = jax.lax.psum(counts, batch) if batch else counts
+  if by_token:  # the slots' counts become the tokens' as their outputs do, but none is weighted
+    slot = jnp.sum(hidden != 0, axis=-1, keepdims=True, dtype=jnp.float32) * member.sum(-1, keepdims=True)  # [S, 1]
+    unweighted = dispatch(flat(chosen), jnp.ones_like(flat(weights)), experts.gate.shape[0])
+    fired = unweighted.deliver(slot).reshape(x.shape[:2])
+    counts = counts.replace(by_token=jax.lax.psum(fired, neurons) if neurons else fired)
+  return out, counts
 
 
 def _whole_rows(intervene: Callable[..., Array], neurons: tuple[str, ...], *parts: Array) -> Array:

@@ -31,7 +31,7 @@ from tsparse.models import layers, rope
 from tsparse.models.attention import attention
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import HiddenCounts, ModelCounts
-from tsparse.models.ffn import Intervention, feed_forward
+from tsparse.models.ffn import Intervention, feed_forward, ffn_input
 from tsparse.models.loss import head_cross_entropy
 from tsparse.models.moe import Experts, Predictors, moe
 from tsparse.models.predictor import predict
@@ -129,6 +129,7 @@ class FeedForward(nn.Module):
   """The gated FFN, dense or with experts, of which one may be shared by all tokens."""
 
   config: ModelConfig
+  by_token: bool = False
 
   @nn.compact
   def __call__(
@@ -156,18 +157,21 @@ class FeedForward(nn.Module):
       predictor = Predictors(*Predictor(config, name="predictor")(), read)
     if not config.num_experts:
       predicted = predictor and predict(predictor.x, predictor.fc1, predictor.fc2)
-      out, counts = feed_forward(x, gate, up, down, valid, act, predicted, intervene)
+      fed = ffn_input(x, intervene)
+      out, counts = feed_forward(fed, gate, up, down, valid, act, predicted, intervene, self.by_token)
       return out, {"ffn": counts}
     router = _weight(self, "router", "DE", fan_in="D", dtype=jnp.float32)
     logits = router_logits(x, router, jitter)  # [B, T, E]
     if self.is_mutable_collection("router"):
       self.sow("router", "sums", router_sums(logits, valid), init_fn=lambda: None, reduce_fn=lambda _, sums: sums)
     chosen, renormalize, weights = config.experts_per_token, config.router_renormalize, Experts(gate, up, down)
-    out, counts = moe(config.moe_impl, x, logits, weights, valid, act, chosen, renormalize, predictor, intervene)
+    by_router = logits, weights, valid, act, chosen, renormalize, predictor, intervene, self.by_token
+    out, counts = moe(config.moe_impl, ffn_input(x, intervene), *by_router)
     if not config.num_shared_experts:
       return out, {"ffn": counts}
     of_shared = {"ffn": interventions["shared"]} if "shared" in interventions else {}
-    shared, shared_counts = FeedForward(config.shared, name="shared")(x, residual, valid, of_shared, None)
+    shared_ffn = FeedForward(config.shared, self.by_token, name="shared")
+    shared, shared_counts = shared_ffn(x, residual, valid, of_shared, None)
     if config.shared_gate:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, _weight(self, "shared_gate", "D", fan_in="D")))[..., None]
     return out + shared, {"ffn": counts, "shared": shared_counts["ffn"]}
@@ -177,6 +181,7 @@ class Block(nn.Module):
   """One layer: x + attention(norm(x)), then x + ffn(norm(x)), each normed again before it is added if post_norms."""
 
   config: ModelConfig
+  by_token: bool = False
 
   @nn.compact
   def __call__(
@@ -196,13 +201,13 @@ class Block(nn.Module):
     out = Attention(config, name="attention")(normed, cos, sin, segment_ids, window_index)
     x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
-    out, counts = FeedForward(config, name="ffn")(normed, x, segment_ids > 0, interventions, jitter)
+    out, counts = FeedForward(config, self.by_token, name="ffn")(normed, x, segment_ids > 0, interventions, jitter)
     if config.post_norms:
       out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
 
 
-def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
+def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Module:
   """`length` equal layers in a scan: parameters with a leading axis L, and so are the other arguments of a layer, the
   counts and the sums of the routers."""
   scanned = nn.scan(
@@ -213,13 +218,19 @@ def _stack(config: ModelConfig, length: int, name: str) -> nn.Module:
     length=length,
     metadata_params={nn.PARTITION_NAME: "L"},
   )
-  return scanned(config, name=name)
+  return scanned(config, by_token, name=name)
 
 
 class Transformer(nn.Module):
-  """A decoder-only language model over packed rows."""
+  """A decoder-only language model over packed rows.
+
+  Attributes:
+    config: the model.
+    by_token: fill in the `by_token` of the counts.
+  """
 
   config: ModelConfig
+  by_token: bool = False
 
   @nn.compact
   def __call__(
@@ -261,10 +272,11 @@ class Transformer(nn.Module):
     per_layer = window_index, jitter
     if first:
       index, noise = jax.tree.map(lambda leaf: leaf[:first], per_layer)
-      x, dense = _stack(config.first, first, "first")(x, cos, sin, segment_ids, index, of_first, noise)
+      x, dense = _stack(config.first, first, self.by_token, "first")(x, cos, sin, segment_ids, index, of_first, noise)
       counts["first"] = dense["ffn"]
     index, noise = jax.tree.map(lambda leaf: leaf[first:], per_layer)
-    x, others = _stack(config, config.num_layers - first, "layers")(x, cos, sin, segment_ids, index, of_rest, noise)
+    rest = _stack(config, config.num_layers - first, self.by_token, "layers")
+    x, others = rest(x, cos, sin, segment_ids, index, of_rest, noise)
     counts |= others
     x = _norm(self, "final_norm", x)
     if not logits:

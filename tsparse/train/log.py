@@ -58,6 +58,15 @@ class MetricWriter:
           self._waiting = self._waiting[file.write(self._waiting) :]
 
 
+def final_loss(workdir: Path, step: int, share: float = 0.05) -> float | None:
+  """Mean training loss of the last `share` of the steps up to `step`, those of metrics.jsonl; None if it has none."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.is_file() else []
+  known = [json.loads(line) for line in lines if line.endswith("}")]
+  losses = [line["loss"] for line in known if (1 - share) * step <= line["step"] <= step and "loss" in line]
+  return sum(losses) / len(losses) if losses and None not in losses else None
+
+
 class Board:
   """TensorBoard's files, written at once: tensorboardX's own thread dies on a full disk, and its queue then blocks."""
 

@@ -23,7 +23,7 @@ MOE = dataclasses.replace(
   shared_d_ff=12, shared_gate=True, dense_layers=1, dense_d_ff=40,
 )  # fmt: skip
 MESHES = {"1 device": {}, "8 devices": {"data": 2, "expert": 2, "tensor": 2}}
-SEEN = ("gate", "up", "hidden", "reached", "down", "positions")
+SEEN = ("gate", "up", "hidden", "reached", "down", "positions", "x", "residual")
 
 
 def mesh_of(sizes):

@@ -37,6 +37,8 @@ class Seen(NamedTuple):
     reached: [B, T, E] bool, the real tokens that were routed to the expert.
     down: [E, F, D].
     positions: [B, T] int32, of the tokens in their segment.
+    x: [B, T, D], what the FFN reads.
+    residual: [B, T, D], the same before its norm.
   """
 
   gate: Array
@@ -45,6 +47,8 @@ class Seen(NamedTuple):
   reached: Array
   down: Array
   positions: Array
+  x: Array
+  residual: Array
 
   def count(self, mask: Array) -> Array:
     """[T] int32: how many entries of the mask [B, T, E, F] hold, of the experts that a token reached.
@@ -115,7 +119,7 @@ def probe(
   plain = Transformer(dataclasses.replace(model.config, moe_impl="dense", remat="none"))
   total = None
   for batch in batches:
-    nll, found = _batch_sums(plain, observe, params, place(batch, mesh), settings)
+    nll, found = batch_sums(plain, observe, params, place(batch, mesh), settings)
     if not np.isfinite(nll):
       raise UserError(_first_not_finite({kind: np.asarray(finite) for kind, (_, finite, _) in found.items()}))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
@@ -146,8 +150,8 @@ class _Probe:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(model, observe, params, batch, settings):
-  """Sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
+def batch_sums(model, observe, params, batch, settings):
+  """One batch of `probe`: sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   probes = {kind: _Probe(of_kind, observe) for kind, of_kind in by_kind(settings, model.config).items()}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):
@@ -161,15 +165,16 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
   if not isinstance(ffn, FeedForward) or context.method_name != "__call__":
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
-  x, valid, interventions = (bound.arguments[name] for name in ("x", "valid", "interventions"))
-  probe, weights, sums = interventions["ffn"], ffn.variables["params"], []
+  x, residual, valid, interventions = (bound.arguments[n] for n in ("x", "residual", "valid", "interventions"))
+  probe, weights, sums, inputs = interventions["ffn"], ffn.variables["params"], [], (x, residual)
   down = weights["down"].astype(x.dtype)
   reached = _reached(x, weights["router"], valid, ffn.config.experts_per_token) if down.ndim == 3 else valid[..., None]
 
   def watch(gate, up, hidden, expert):
     del expert  # all of them, in order
     whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (gate, up, hidden))  # a dense FFN is one expert
-    sums.append(probe.observe(Seen(*whole, reached, down.reshape(-1, *down.shape[-2:]), positions), probe.settings))
+    seen = Seen(*whole, reached, down.reshape(-1, *down.shape[-2:]), positions, *inputs)
+    sums.append(probe.observe(seen, probe.settings))
     return hidden
 
   bound.arguments["interventions"] = interventions | {"ffn": watch}

@@ -146,7 +146,7 @@ def _feed_forward(
   predictor = None
   if "fc1" in layer:
     read = residual if config.predictor_input == "before_norm" else x
-    predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32))
+    predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32), layer.get("threshold"))
   out = ffn(*routed, layer["neurons"], predictor)
   if "shared" in layer:
     shared = ffn(*alone, layer["shared"], None)

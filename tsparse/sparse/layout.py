@@ -5,7 +5,7 @@
     qkv [(N + 2K) H, D] · out [D, N H] · qkv_bias [(N + 2K) H] · query_norm [N H], key_norm [K H]
     neurons: gate, up, down [E, F, D], so that a neuron is three rows; E is 1 where there are no experts
     router [D, E] · shared: neurons as of one expert · shared_gate [D]                                 with experts
-    fc1 [E, R, D], fc2 [E, F, R]                                                                       with predictors
+    fc1 [E, R, D], fc2 [E, F, R], threshold [E]                                   with predictors (and thresholds)
 
 Matrices keep the dtype they are stored in or get the one asked for; norms, biases and routers are float32. A layer is
 read, turned and placed before the next is read, so that a stored model is never in memory twice.
@@ -83,6 +83,8 @@ def arrange(config: ModelConfig, leaves: Mapping[str, Leaf], dtype: str = "") ->
       fc1, fc2 = (leaves[f"{stack}/ffn/predictor/{name}"].at((index,)) for name in ("fc1", "fc2"))
       for name, part in (("fc1", turned(fc1[..., :rank])), ("fc2", turned(fc2[..., :rank, :]))):
         layer[name] = matrix(part if part.ndim == 3 else part[None])
+      if config.predictor_thresholds:
+        layer["threshold"] = vector(f"{stack}/ffn/predictor/threshold", index)
     return layer
 
   first = config.dense_layers

@@ -179,6 +179,7 @@ struct Ffn {
   const float *x, *read;  // [n, D], and the predictor's relu(x fc1) [n, R], both arranged
   Act act;
   Mode mode;
+  float threshold;  // that the predictor's logits must exceed
 
   // partial [n, D], arranged = sum over neurons low <= f < high of hidden[f] down[f].
   void operator()(int64_t low, int64_t high, float* partial) const {
@@ -204,7 +205,7 @@ struct Ffn {
     };
     if (fc2) {
       dot(fc2, read, R, mask);
-      for (float& m : mask) m = m > 0;
+      for (float& m : mask) m = m > threshold;
       if (mode == kPredictor) keep([&](size_t i) { return mask[i] != 0; }, {&mask});
     } else {
       mask.assign(live.size() * n, 1.0f);
@@ -231,6 +232,7 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
   const int64_t E = gate.dimensions()[0], F = gate.dimensions()[1], bytes = width(type);
   const float* reads = nullptr;
   const char *fc1 = nullptr, *fc2 = nullptr;
+  const float* thresholds = nullptr;  // [E]
   int64_t R = 0;
   if (predictor.size()) {
     const auto px = predictor.get<ffi::Buffer<ffi::F32>>(0);
@@ -241,6 +243,11 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
     R = first->dimensions()[1];
     fc1 = static_cast<const char*>(first->untyped_data());
     fc2 = static_cast<const char*>(second->untyped_data());
+    if (predictor.size() > 3) {
+      const auto fourth = predictor.get<ffi::Buffer<ffi::F32>>(3);
+      if (!fourth) return ffi::Error::InvalidArgument("thresholds of predictors must be float32");
+      thresholds = fourth->typed_data();
+    }
   }
   const auto expert = [&](const ffi::AnyBuffer& w, int64_t e) {
     return static_cast<const char*>(w.untyped_data()) + e * F * D * bytes;
@@ -274,7 +281,8 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
       partial.resize(chunks * n * D);
       const Ffn ffn{*rows, expert(gate, e), expert(up, e), expert(down, e), fc2 ? fc2 + e * F * R * bytes : nullptr,
                     D, F, R, n, arranged.data(), read_arranged.data(),
-                    Act{static_cast<Activation>(activation), parameter}, static_cast<Mode>(mode)};
+                    Act{static_cast<Activation>(activation), parameter}, static_cast<Mode>(mode),
+                    thresholds ? thresholds[e] : 0};
       float* parts = partial.data();  // thread_local: the threads that help have their own
       parallel(pool, chunks, [&](int64_t c) {
         const int64_t low = std::min(F, c * step);

@@ -52,6 +52,7 @@ def feed_forward(
   """See reference.feed_forward. The results of "exact" are those of "off", bit for bit, if all weights are finite."""
   name, _, parameter = activation.name.partition(":")
   extra = () if predictor is None else (predictor.x, predictor.fc1, predictor.fc2)
+  extra += () if predictor is None or predictor.threshold is None else (predictor.threshold,)
   return _call(
     "tsparse_feed_forward",
     x.shape,

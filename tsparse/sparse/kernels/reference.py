@@ -31,11 +31,15 @@ class Neurons(NamedTuple):
 
 
 class Predictor(NamedTuple):
-  """One predictor for each expert (models/predictor.py), fc1 [E, R, D] and fc2 [E, F, R], and their input x [n, D]."""
+  """One predictor for each expert (models/predictor.py), fc1 [E, R, D] and fc2 [E, F, R], and their input x [n, D].
+
+  Logits must exceed `threshold` [E] float32; None is 0.
+  """
 
   fc1: Array
   fc2: Array
   x: Array
+  threshold: Array | None = None
 
 
 def linear(x: Array, w: Array) -> Array:
@@ -75,14 +79,15 @@ def feed_forward(
     def compute(out: Array) -> Array:
       predicted = None
       if fc is not None:
-        fc1, fc2 = (w.astype(jnp.float32) for w in fc)
-        predicted = predict(predictor.x[None], fc1.T, fc2.T)[0]  # [n, F]
+        *fc1_fc2, threshold = fc
+        fc1, fc2 = (w.astype(jnp.float32) for w in fc1_fc2)
+        predicted = predict(predictor.x[None], fc1.T, fc2.T, threshold)[0]  # [n, F]
       hidden = gated_hidden(linear(x, gate), linear(x, up), activation, predicted, None)
       return out + weight[:, None] * jnp.einsum("nf,fd->nd", hidden, down.astype(jnp.float32), precision="highest")
 
     return jax.lax.cond(jnp.any(chosen == index), compute, lambda out: out, out), None
 
-  fc = None if predictor is None else (predictor.fc1, predictor.fc2)
+  fc = None if predictor is None else (predictor.fc1, predictor.fc2, predictor.threshold)
   experts = jnp.arange(neurons.gate.shape[0]), neurons, fc
   return jax.lax.scan(add, jnp.zeros_like(x), experts)[0]
 

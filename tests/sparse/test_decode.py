@@ -22,7 +22,9 @@ CONFIGS = {
   ),
   "deepseek": dataclasses.replace(DEEPSEEK, shared_gate=True),
   "turbosparse": dataclasses.replace(TINY, sliding_window=5, predictor_ranks=(6, 6), predictor_input="before_norm"),
-  "turbosparse_moe": dataclasses.replace(MOE, predictor_ranks=(6, 6), predictor_input="after_norm"),
+  "turbosparse_moe": dataclasses.replace(
+    MOE, predictor_ranks=(6, 6), predictor_input="after_norm", predictor_thresholds=True
+  ),
 }
 LENGTH, PROMPT = 14, 8
 

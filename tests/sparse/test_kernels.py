@@ -38,7 +38,7 @@ def layer(n, dim, width, dtype, experts=1, chosen=1, rank=0):
   predictor = None
   if rank:
     fc1, fc2 = normal(6, experts, rank, dim, dtype=dtype), normal(7, experts, width, rank, dtype=dtype)
-    predictor = Predictor(fc1, fc2, normal(8, n, dim))
+    predictor = Predictor(fc1, fc2, normal(8, n, dim), normal(9, experts))
   return normal(0, n, dim), index, jnp.abs(normal(5, n, chosen)), Neurons(gate, up, down), predictor
 
 

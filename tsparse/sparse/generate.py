@@ -1,6 +1,6 @@
 """Generation: a stored model, prompts and how to sample -> text, streamed.
 
-decoder = load(Path("runs/mine"), sparse="exact")
+decoder = load(Path("runs/mine"), sparse="exact")        # or "predictor", with those beside the model or `predictors`
 for tokens in stream(decoder, [[1, 45, 7], [1, 9]], new_tokens=32): ...      # ids, a token of each row at a time
 completions = complete(decoder, ["Once upon", "The"], Request(new_tokens=32))     # text
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.activations import activation
-from tsparse.convert.model import open_model
+from tsparse.convert.model import Model, open_model
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -25,6 +25,7 @@ from tsparse.sparse.decode import empty_cache, hidden_states, logits_of
 from tsparse.sparse.kernels import build
 from tsparse.sparse.kernels.reference import MODES
 from tsparse.sparse.layout import DTYPES, arrange
+from tsparse.sparse.predictors import stored
 from tsparse.sparse.sample import Sampling, choose
 from tsparse.sparse.text import IM_END, Stream, encode_prompt, load_tokenizer, stop_tokens
 
@@ -49,6 +50,7 @@ class Decoder:
     kernels: a key of decode.KERNELS.
     tokenizer: None where only ids are wanted.
     path: the folder of the model, which may say what ends a text.
+    predictors: those of a folder of their own that mode "predictor" asks; None where it asks those of the model.
   """
 
   config: ModelConfig
@@ -57,6 +59,7 @@ class Decoder:
   kernels: str
   tokenizer: Tokenizer | None = None
   path: Path = Path()
+  predictors: stored.Predictors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,16 @@ def best_kernels() -> str:
   return "native" if jax.default_backend() == "cpu" and build.available() else "reference"
 
 
-def sparse_mode(config: ModelConfig, sparse: str) -> str:
-  """The mode that `sparse` asks for. `auto` takes the one that reads least; none of its choices changes a token.
+def sparse_mode(config: ModelConfig, sparse: str, predictors: stored.Predictors | None = None) -> str:
+  """The mode that `sparse` asks for; `auto` takes the one that reads least.
+
+  The predictors that a model holds are a part of it: no mode changes a token. Those of a folder of their own do where
+  they miss a neuron.
+
+  Args:
+    config: the model.
+    sparse: one of SPARSE.
+    predictors: of a folder of their own, if there are any for it.
 
   Raises:
     UserError: unknown, or not possible with this model.
@@ -110,32 +121,54 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
       f"--sparse=exact: {config.activation} is exactly zero nowhere, so no row may be skipped; choose --sparse=off, or "
       "give the model zeros first (experiments/convert.py --activation=drelu, or fatrelu:0.01 for a threshold)."
     )
-  if sparse == "predictor" and not config.predictor_ranks:
-    raise UserError("--sparse=predictor: the model holds no predictors; choose --sparse=exact or --sparse=off.")
+  if sparse == "predictor" and not config.predictor_ranks and predictors is None:
+    raise UserError(
+      "--sparse=predictor: the model holds no predictors and there are none beside it; train some by "
+      "experiments/predictors.py, or choose --sparse=exact or --sparse=off."
+    )
   if sparse == "auto":
-    return "predictor" if config.predictor_ranks else "exact" if exact else "off"
+    least = predictors is not None and predictors.read["predictor"] < predictors.read["exact"]
+    return "predictor" if config.predictor_ranks or least else "exact" if exact else "off"
   return sparse
 
 
-def load(path: Path, sparse: str = "auto", dtype: str = "") -> Decoder:
+def find_predictors(model: Model, sparse: str, given: Path | None) -> stored.Predictors | None:
+  """The predictors that `sparse` may ask: those given, else those beside a model that holds none itself.
+
+  Raises:
+    UserError: they are given and `sparse` asks none, or they are not this model's.
+  """
+  if sparse in ("off", "exact"):
+    if given is not None:
+      raise UserError(f"--predictors={given} is of no use with --sparse={sparse}: leave one of them out.")
+    return None
+  folder = given or (None if model.config.predictor_ranks else stored.beside(model.path))
+  return None if folder is None else stored.load(folder, model)
+
+
+def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | None = None) -> Decoder:
   """The model in a folder, of ours or of Hugging Face, ready to decode in float32.
 
   Args:
     path: the folder.
     sparse: one of SPARSE.
     dtype: of the weights in memory, float32 or bfloat16; "" is as stored.
+    predictors: a folder of experiments/predictors.py; None for `predictors` beside the model, if it is there.
 
   Raises:
-    UserError: no such model, or `sparse` or `dtype` does not fit it.
+    UserError: no such model, or `sparse`, `dtype` or `predictors` do not fit it.
   """
   if dtype not in ("", *DTYPES):
     raise UserError(f"--dtype={dtype} is unknown: choose float32, bfloat16 or nothing, which is as stored.")
   model = open_model(path)
-  mode = sparse_mode(model.config, sparse)
+  trained = find_predictors(model, sparse, predictors)
+  mode = sparse_mode(model.config, sparse, trained)
+  trained = trained if mode == "predictor" else None
+  model = model if trained is None else stored.merge(model, trained)
   config = dataclasses.replace(model.config, dtype="float32")
   tokenizer = load_tokenizer(model.vocabulary)
   params = arrange(config, model.leaves()[0], dtype)
-  return Decoder(config, params, mode, best_kernels(), tokenizer, path)
+  return Decoder(config, params, mode, best_kernels(), tokenizer, path, trained)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -250,4 +283,7 @@ def summary(decoder: Decoder, done: Sequence[Completion]) -> str:
   """How many tokens, how fast and how, in one line."""
   speed = done[0].tokens_per_second
   parts = [f"{sum(len(one.tokens) for one in done)} tokens", f"{speed:.1f} tokens/s" if speed else ""]
-  return ", ".join([*filter(None, parts), f"--sparse={decoder.mode}", f"{decoder.kernels} kernels"])
+  trained = decoder.predictors
+  how = [f"--sparse={decoder.mode}"]
+  how += [] if trained is None else [f"predictors of {trained.folder} at a recall of {trained.recall:.1%}"]
+  return ", ".join([*filter(None, parts), *how, f"{decoder.kernels} kernels"])

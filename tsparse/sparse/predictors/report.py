@@ -6,7 +6,7 @@ from typing import Any
 
 from tsparse import files
 
-LABELS = {"trained": "trained", "svd": "SVD of the gate", "merged": "merged into the model"}
+LABELS = {"trained": "trained", "svd": "SVD of gate", "merged": "merged"}
 
 
 def write(found: dict[str, Any], folder: Path):
@@ -21,8 +21,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
   found = files.strict(found)
   natural, predictors, size = found["natural"], found["predictors"], found["bytes_per_weight"]
   reads = predictors[0]["read"]
-  first = [["none, --sparse=off", "", "", "", "", *_read(reads, "dense", size), _number(natural["perplexity"], 3)]]
-  first += [["none, --sparse=exact", "", "", "", "", *_read(reads, "exact", size), _number(natural["perplexity"], 3)]]
+  first = [["none (off)", "", "", "", "", *_read(reads, "dense", size), _number(natural["perplexity"], 3)]]
+  first += [["none (exact)", "", "", "", "", *_read(reads, "exact", size), _number(natural["perplexity"], 3)]]
   first += [
     [
       LABELS[p["name"]],
@@ -79,7 +79,7 @@ def show(found: dict[str, Any], console) -> None:
   for title, columns, rows in tables(found):
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
-      grid.add_column(Text("\n".join(column.split())), justify="right" if i else "left", vertical="bottom")
+      grid.add_column(Text("\n".join(column.split())), justify="right" if i else "left", vertical="bottom", no_wrap=True)
     for row in rows:
       grid.add_row(*map(Text, row))
     console.print(Text(title, style="bold"))

@@ -26,10 +26,10 @@ OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exis
 INPUT = flags.DEFINE_string("input", "before_norm", "What predictors read: before_norm, or after_norm as the FFN does.")
 BUDGET = flags.DEFINE_float("budget", 0.12, "Share of the FFN's weights that predictors hold, shared among the layers.")
 RECALL = flags.DEFINE_float("recall", 0.95, "Share of the neurons that fire which predictors are to find.")
-STEPS = flags.DEFINE_integer("steps", 400, "Batches of text that are trained on.", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak of the learning rate.")
+STEPS = flags.DEFINE_integer("steps", 500, "Batches of text that are trained on.", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak of the learning rate. Default: 0.08 / sqrt(D).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a batch.", lower_bound=1)
-SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row. Default: 512, or less as the model is.", lower_bound=1)
+SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row. Default: 512 or the model's.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 32_768, "How many tokens are measured on at most.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of the text and of the initial weights.")
 

@@ -1,4 +1,4 @@
-"""Neuron predictors against plain numpy: loss and gradient, thresholds and rates, the mask in the model and in decoding."""
+"""Neuron predictors against plain numpy: loss and gradient, thresholds, rates, the mask in a model and in decoding."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from tsparse.models.transformer import Transformer, init_parameters
 from tsparse.sparse.generate import Request, complete, load, summary
 from tsparse.sparse.layout import leaves_of
 from tsparse.sparse.predictors import fit, quality, report, stored
-from tsparse.sparse.predictors.run import Candidate, histograms, masked_perplexity, run
+from tsparse.sparse.predictors.run import Candidate, histograms, masked_perplexity, merged_candidate, run
 
 TINY = {"num_layers": 2, "d_model": 16, "d_ff": 24, "num_heads": 2, "head_dim": 8, "activation": "drelu"}
 MODELS = {
@@ -42,14 +42,21 @@ def model_of(name):
   return config, params, dataclasses.replace(data, batches=data.batches[:1])
 
 
+def one_device():
+  return sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+
+
+def weights_of(config):
+  return jax.tree.map(np.asarray, fit.initial(jax.random.key(1), config, RANKS, np.ones(2)))
+
+
 @functools.cache
-def seen_of(name):
-  """What the probe shows of both layers, numpy arrays with a leading axis L; predictors for it, in both layouts."""
-  config, params, data = model_of(name)
-  with jax.set_mesh(mesh := sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])):
+def observed():
+  """What the probe shows of the layers with experts, numpy arrays with a leading axis L; predictors for them."""
+  config, params, data = model_of("moe")
+  with jax.set_mesh(mesh := one_device()):
     arrays = probe(Transformer(config), params, data.batches, mesh, lambda seen, _: seen._asdict()).sums["ffn"]
-  weights = jax.tree.map(np.asarray, fit.initial(jax.random.key(1), config, RANKS, np.ones(2)))
-  return mesh, arrays, weights
+  return mesh, arrays, weights_of(config)
 
 
 def numpy_logits(x, fc1, fc2):  # [B, T, D] -> [B, T, E, F], expert by expert
@@ -57,11 +64,10 @@ def numpy_logits(x, fc1, fc2):  # [B, T, D] -> [B, T, E, F], expert by expert
   return np.stack([np.maximum(x @ one, 0) @ two for one, two in zip(fc1, fc2, strict=True)], axis=2)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_follows_the_gradient_of_weighted_cross_entropy(name):
+def test_a_step_follows_the_gradient_of_weighted_cross_entropy():
   """Analytic, in float64: dL/dlogit = (fired ? sigmoid(z) - 1 : w sigmoid(z)) / entries."""
-  config, params, data = model_of(name)
-  mesh, seen, weights = seen_of(name)
+  config, params, data = model_of("moe")
+  mesh, seen, weights = observed()
   negative = np.array([0.2, 0.4], np.float32)
   with jax.set_mesh(mesh):
     observe, settings = fit.Gradient("before_norm"), (jax.tree.map(jnp.asarray, weights), jnp.asarray(negative))
@@ -85,10 +91,9 @@ def test_a_step_follows_the_gradient_of_weighted_cross_entropy(name):
   assert weights["fc1"][0].any() and not weights["fc1"][1, ..., RANKS[1] :].any()  # padding stays zero
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_thresholds_recall_precision_and_reads_are_those_of_numpy(name):
-  config, params, data = model_of(name)
-  mesh, seen, weights = seen_of(name)
+def test_thresholds_recall_precision_and_reads_are_those_of_numpy():
+  config, params, data = model_of("moe")
+  mesh, seen, weights = observed()
   with jax.set_mesh(mesh):
     candidates = [Candidate("trained", "after_norm", RANKS, weights)]
     counts = histograms(Transformer(config), params, data.batches, mesh, candidates)["trained"]
@@ -110,12 +115,12 @@ def test_thresholds_recall_precision_and_reads_are_those_of_numpy(name):
     tokens = seen["reached"][layer].any(-1).sum()
     rows = lambda mask: (mask.sum() + (mask & is_open).sum() + (mask & fired).sum()) / tokens  # noqa: B023, E731
     reads["exact"] += config.d_model * rows(used)
-    reads["predictor"] += config.d_model * rows(expected) + max(1, config.experts_per_token) * parameters[layer]
+    reads["predictor"] += config.d_model * rows(expected) + config.experts_per_token * parameters[layer]
   hit, expected, entries = np.sum(kept, 0)
   want = {"recall": hit / sum(all_of), "precision": hit / expected, "predicted_sparsity": 1 - expected / entries}
   assert {key: found[key] for key in want} == pytest.approx(want, rel=1e-6)
   assert found["read"] == pytest.approx(
-    reads | {"dense": 2 * max(1, config.experts_per_token) * 3 * config.d_model * config.d_ff}, rel=1e-6
+    reads | {"dense": 2 * config.experts_per_token * 3 * config.d_model * config.d_ff}, rel=1e-6
   )
 
 
@@ -135,15 +140,14 @@ class Given:
     return hidden * self.mask.reshape(hidden.shape)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_perplexity_under_a_predictor_is_that_under_an_explicit_mask(name):
+def test_perplexity_under_a_predictor_is_that_under_an_explicit_mask():
   """In one layer, whose input no mask changes."""
-  config, params, data = model_of(name)
-  mesh, seen, weights = seen_of(name)
+  config, params, data = model_of("moe")
+  mesh, seen, weights = observed()
   config = dataclasses.replace(config, num_layers=1)
   first = lambda tree: jax.tree.map(lambda x: x[:1], tree)  # noqa: E731
   params, weights = params | {"layers": first(params["layers"])}, first(weights)
-  thresholds = np.linspace(-0.2, 0.3, max(1, config.num_experts), dtype=np.float32)[None]
+  thresholds = np.linspace(-0.2, 0.3, config.num_experts, dtype=np.float32)[None]
   mask = numpy_logits(seen["residual"][0], weights["fc1"][0], weights["fc2"][0]) > thresholds[0][:, None]
   plain = Transformer(dataclasses.replace(config, moe_impl="dense"))  # shows the hidden in the order of the mask
   with jax.set_mesh(mesh):
@@ -154,6 +158,19 @@ def test_perplexity_under_a_predictor_is_that_under_an_explicit_mask(name):
   assert got.loss == pytest.approx(want.loss, rel=1e-6) and abs(got.loss - natural.loss) > 1e-4
   np.testing.assert_array_equal(got.counts["ffn"].fired, want.counts["ffn"].fired)
   assert got.zero_fraction > natural.zero_fraction + 0.02
+
+
+def test_predictors_that_a_model_holds_are_measured_as_it_uses_them():
+  config, params, data = model_of("dense")
+  mesh, weights = one_device(), weights_of(config)
+  held = dataclasses.replace(config, predictor_ranks=RANKS, predictor_input="before_norm")
+  ffn = params["layers"]["ffn"] | {"predictor": weights}
+  with jax.set_mesh(mesh):
+    want = evaluate(Transformer(held), params | {"layers": params["layers"] | {"ffn": ffn}}, data.batches, mesh)
+    candidate = merged_candidate(held, weights)
+    got = masked_perplexity(config, params, candidate, candidate.thresholds, data, mesh)
+  assert candidate.ranks == RANKS and got.loss == pytest.approx(want.loss, rel=1e-7)
+  np.testing.assert_array_equal(got.counts["ffn"].fired, want.counts["ffn"].fired)
 
 
 def test_the_svd_is_the_nearest_gate_of_its_rank():
@@ -179,7 +196,7 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("predictors")
   config, params, _ = model_of("dense")
   store(folder / "model", config, params)
-  text = "".join(json.dumps({"text": f"{i} bottles of beer on the wall, {i} bottles of beer"}) + "\n" for i in range(300))
+  text = "".join(json.dumps({"text": f"{i} bottles on the wall, {i} bottles of beer"}) + "\n" for i in range(300))
   (folder / "text.jsonl").write_text(text)
   return folder, run(folder / "model", str(folder / "text.jsonl"), **SIZES, console=quiet())
 
@@ -246,7 +263,7 @@ def test_generation_asks_the_predictors_beside_the_model(trained):
 def test_predictors_of_experts_are_stored_as_they_are(tmp_path):
   config, params, _ = model_of("moe")
   store(tmp_path / "model", config, params)
-  model, weights = open_model(tmp_path / "model"), dict(seen_of("moe")[2])
+  model, weights = open_model(tmp_path / "model"), weights_of(config)
   weights["threshold"] = np.where(np.eye(2, 4), -np.inf, np.arange(8.0).reshape(2, 4)).astype(np.float32)
   wide = stored.with_predictors(config, RANKS, "after_norm")
   stored.save(tmp_path, model, wide, weights, {"recall": 0.9, "read": {}})

@@ -151,7 +151,7 @@ class _Probe:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def batch_sums(model, observe, params, batch, settings):
-  """One batch of `probe`: sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
+  """Of one batch the sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), with axis L of its layers."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   probes = {kind: _Probe(of_kind, observe) for kind, of_kind in by_kind(settings, model.config).items()}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):

@@ -213,6 +213,7 @@ def unique_names(models: Sequence[str]) -> list[str]:
 
 
 def check_fits(model: Model, mesh: jax.sharding.Mesh):
+  """Raises UserError where the parameters of a model do not fit the devices of the mesh."""
   needed = 4 * sum(parameter_counts(model.config).values()) / mesh.shape["fsdp"]
   available = memory.device_bytes(jax.devices())
   if needed > available:

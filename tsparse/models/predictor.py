@@ -30,7 +30,12 @@ def predict(x: Array, fc1: Array, fc2: Array, threshold: Array | None = None) ->
 
 
 def straight_through(logits: Array, threshold: Array | None = None) -> Array:
-  """1 where p > 1/2 and 0 elsewhere, with the gradient of p = sigmoid(logits - threshold); threshold [...] of [..., F]."""
+  """1 where p = sigmoid(logits - threshold) > 1/2 and 0 elsewhere, with the gradient of p.
+
+  Args:
+    logits: [..., F].
+    threshold: [...] float32, None is 0. It has no gradient.
+  """
   if threshold is not None:  # in float32: the sign of the difference is then that of the comparison
     shifted = logits.astype(jnp.float32) - jax.lax.stop_gradient(threshold)[..., None]
     logits = shifted.astype(logits.dtype)

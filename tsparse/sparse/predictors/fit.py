@@ -34,9 +34,9 @@ DEFINITIONS = {
   "training": "binary cross-entropy of sigmoid(logits) with the label hidden != 0, mean over the entries of the tokens "
   "that reached the expert; a negative weighs the layer's share of positives + 0.005, a positive 1 (Deja Vu, arXiv "
   "2310.17157; the same code trained ProSparse's predictors)",
-  "rank": "of layer l: budget * 3 D F / (D + F) * (1 - zeros_l) / mean over layers of (1 - zeros), rounded to a multiple "
-  "of 8, at least 8 and at most D: predictors hold `budget` of the FFN's weights (TurboSparse-Mistral: 0.13, -Mixtral: "
-  "0.11), and less sparse layers more of them (PowerInfer, arXiv 2312.12456)",
+  "rank": "of layer l: budget * 3 D F / (D + F) * (1 - zeros_l) / mean over layers of (1 - zeros), rounded to a "
+  "multiple of 8, at least 8 and at most D: predictors hold `budget` of the FFN's weights (TurboSparse-Mistral: "
+  "0.13, -Mixtral: 0.11), and less sparse layers more of them (PowerInfer, arXiv 2312.12456)",
   "svd": "no training: the gate of rank r nearest to the layer's, V V^T gate with V its r leading left singular "
   "vectors, which reads as many weights as the trained predictor; for lack of a ReLU it is laid out twice as wide, "
   "x = relu(x) - relu(-x)",
@@ -219,7 +219,7 @@ def svd_of_gate(gate: np.ndarray, ranks: Sequence[int], rms: np.ndarray) -> dict
   fc1, fc2 = np.zeros((*stack, dim, 2 * rank), np.float32), np.zeros((*stack, 2 * rank, width), np.float32)
   for index in np.ndindex(*stack):
     w, r = np.asarray(gate[index], np.float64), min(ranks[index[0]], dim)
-    left = np.linalg.eigh(w @ w.T)[1][:, -r:]  # [D, r], of the largest eigenvalues: those of the singular values squared
+    left = np.linalg.eigh(w @ w.T)[1][:, -r:]  # [D, r], of the largest: they are singular values squared
     rows = left.T @ w * (4 / max(rms[index[0]], 1e-6))
     fc1[index][:, : 2 * r] = np.concatenate([left, -left], 1)
     fc2[index][: 2 * r] = np.concatenate([rows, -rows], 0)

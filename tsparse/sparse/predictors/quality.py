@@ -1,7 +1,7 @@
 """How good neuron predictors are: the threshold for a recall, recall and precision, and what is read with them.
 
-All follow from histograms of the logits, one of each kind of entry of the hidden (KINDS), which are counted while a text
-goes through the model. Thresholds lie on the histograms' edges, so that they say exactly what a mask does.
+All follow from histograms of the logits, one of each kind of entry of the hidden (KINDS), which are counted while a
+text goes through the model. Thresholds lie on the histograms' edges, so that they say exactly what a mask does.
 """
 
 import dataclasses
@@ -61,8 +61,9 @@ class Histograms:
 
 
 def count(logits: Array, kind: Array, reached: Array) -> Array:
-  """[E, kinds, bins] int32 of logits and kind [B, T, E, F] where reached [B, T, E]; bin j holds EDGES[j] < logit <= next.
+  """[E, kinds, bins] int32 of logits and kind [B, T, E, F] where reached [B, T, E].
 
+  Bin j holds the logits above EDGES[j] and not above the next.
   The edges are multiples of a power of two, so that nothing is rounded.
   """
   experts, most, bins = logits.shape[2], REACH * STEPS, len(EDGES)
@@ -79,16 +80,14 @@ def expected_at(counts: np.ndarray) -> np.ndarray:
 
 
 def choose_thresholds(counts: np.ndarray, recall: float) -> np.ndarray:
-  """[L, E] float32: the largest of EDGES with which `recall` of what fired is expected, of counts [L, E, kinds, bins]."""
+  """[L, E] float32: the largest of EDGES that keeps `recall` of what fired, in counts [L, E, kinds, bins]."""
   fired = expected_at(counts[:, :, KINDS.index("fired")])  # [L, E, bins], falling
   enough = (fired >= recall * fired[..., :1]) & (fired[..., :1] > 0)
   last = enough.shape[-1] - 1 - np.argmax(enough[..., ::-1], axis=-1)
   return EDGES[np.where(enough.any(-1), last, 0)].astype(np.float32)
 
 
-def quality(
-  counts: np.ndarray, thresholds: np.ndarray, config: ModelConfig, weights: np.ndarray
-) -> dict[str, Any]:
+def quality(counts: np.ndarray, thresholds: np.ndarray, config: ModelConfig, weights: np.ndarray) -> dict[str, Any]:
   """What a mask does to a text.
 
   Args:

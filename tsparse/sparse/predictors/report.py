@@ -33,7 +33,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
     ]
     for p in predictors
   ]
-  head = ["mask", "mean rank", "recall", "precision", "predicted sparsity", "kB read", "of dense", "kFLOPs", "perplexity"]
+  head = ["mask", "mean rank", "recall", "precision", "predicted sparsity"]
+  head += ["kB read", "of dense", "kFLOPs", "perplexity"]
   result = [(f"Predictors at a target recall of {_percent(found['target_recall'])}, FFN only, one token", head, first)]
   layers = [
     [
@@ -50,8 +51,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
     ]
     for layer in range(len(natural["zeros_per_layer"]))
   ]
-  short = [p["name"] for p in predictors]
-  head = ["layer", "zeros", *(f"{name} {what}" for name in short for what in ("rank", "recall", "precision", "skipped"))]
+  what = ("rank", "recall", "precision", "skipped")
+  head = ["layer", "zeros", *(f"{p['name']} {column}" for p in predictors for column in what)]
   result.append(("By layer", head, layers))
   swept = [p for p in predictors if p["curve"]]
   rows = [
@@ -79,7 +80,8 @@ def show(found: dict[str, Any], console) -> None:
   for title, columns, rows in tables(found):
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
-      grid.add_column(Text("\n".join(column.split())), justify="right" if i else "left", vertical="bottom", no_wrap=True)
+      heading, justify = Text("\n".join(column.split())), "right" if i else "left"
+      grid.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
     for row in rows:
       grid.add_row(*map(Text, row))
     console.print(Text(title, style="bold"))

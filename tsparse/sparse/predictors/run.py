@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def run(
   source: str = "before_norm",
   budget: float = 0.12,
   recall: float = 0.95,
-  steps: int = 400,
-  learning_rate: float = 2e-3,
+  steps: int = 500,
+  learning_rate: float | None = None,
   seq_len: int | None = None,
   batch_size: int = 16,
   tokens: int = 32_768,
@@ -82,7 +82,7 @@ def run(
     budget: share of the FFN's weights that they hold, see fit.DEFINITIONS.
     recall: that thresholds are chosen for.
     steps: batches that are trained on.
-    learning_rate: of training, its peak.
+    learning_rate: of training, its peak; None for 0.08 / sqrt(D), 0.01 at D = 64 and 0.00125 at D = 4096.
     seq_len: tokens of a row; None for 512, or the least that the model is made for.
     batch_size: rows of a batch.
     tokens: as many whole documents as hold so many tokens are measured on.
@@ -100,13 +100,14 @@ def run(
   """
   console = console or Console()
   out = out or path / stored.FOLDER
-  _check(source, budget, recall, learning_rate)
+  _check(source, budget, recall, 1.0 if learning_rate is None else learning_rate)
   files.check_new(out)
   model = open_model(path)
   config = _trainable(model)
   seq_len = seq_len or min(512, config.max_seq_len)
   if seq_len > config.max_seq_len:
-    raise UserError(f"--seq_len={seq_len} is more than the {config.max_seq_len} tokens the model is made for: lower it.")
+    raise UserError(f"--seq_len={seq_len} is more than the {config.max_seq_len} tokens of the model: lower it.")
+  learning_rate = learning_rate or 0.08 / config.d_model**0.5
   mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1})
   if batch_size % mesh.size:
     raise UserError(f"--batch_size={batch_size} does not divide over {mesh.size} devices: use a multiple of it.")
@@ -136,7 +137,7 @@ def run(
     svd = fit.svd_of_gate(np.asarray(params["layers"]["ffn"]["gate"]), ranks, survey.rms["gate"])
     candidates = [Candidate("trained", source, ranks, weights), Candidate("svd", "after_norm", ranks, svd)]
     if merged is not None:
-      candidates.append(_merged(model.config, merged))
+      candidates.append(merged_candidate(model.config, merged))
     calibration = histograms(base, params, itertools.islice(batches, CALIBRATED), mesh, candidates)
     bar.advance("thresholds")
     measured = histograms(base, params, held_out.batches, mesh, candidates)
@@ -179,7 +180,12 @@ def run(
       "target_recall": recall,
       "budget": budget,
       "bytes_per_weight": model.leaves()[0][stored.GATE].dtype.itemsize,
-      "training": {"steps": steps, "tokens": steps * seq_len * batch_size, "loss": losses},
+      "training": {
+        "steps": steps,
+        "tokens": steps * seq_len * batch_size,
+        "learning_rate": learning_rate,
+        "loss": losses,
+      },
       "natural": {
         "loss": natural.loss,
         "perplexity": natural.perplexity,
@@ -197,7 +203,7 @@ def run(
 
 
 def histograms(
-  model: Transformer, params: Any, batches: Iterator | Sequence, mesh: jax.sharding.Mesh, candidates: Sequence[Candidate]
+  model: Transformer, params: Any, batches: Iterable, mesh: jax.sharding.Mesh, candidates: Sequence[Candidate]
 ) -> dict[str, np.ndarray]:
   """[L, E, kinds, bins] of the logits of each candidate, by name, over some text."""
   observe = quality.Histograms(model.config.activation, tuple((c.name, c.source) for c in candidates))
@@ -227,7 +233,7 @@ def _shaped(config: ModelConfig, thresholds: np.ndarray) -> np.ndarray:
   return thresholds if config.num_experts else thresholds[:, 0]
 
 
-def _merged(config: ModelConfig, predictor: Mapping[str, Any]) -> Candidate:
+def merged_candidate(config: ModelConfig, predictor: Mapping[str, Any]) -> Candidate:
   """The predictors that the model came with."""
   thresholds = np.zeros((config.num_layers, max(1, config.num_experts)), np.float32)
   weights = {name: predictor[name] for name in ("fc1", "fc2")}
@@ -263,4 +269,3 @@ def _check(source: str, budget: float, recall: float, learning_rate: float):
       raise UserError(f"--{name}={value} is not a share: give a number between 0 and 1.")
   if not 0 < learning_rate < math.inf:
     raise UserError(f"--learning_rate={learning_rate} must be a positive number.")
-

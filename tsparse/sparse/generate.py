@@ -50,7 +50,7 @@ class Decoder:
     kernels: a key of decode.KERNELS.
     tokenizer: None where only ids are wanted.
     path: the folder of the model, which may say what ends a text.
-    predictors: those of a folder of their own that mode "predictor" asks; None where it asks those of the model.
+    predictors: those that were merged into it from a folder of their own.
   """
 
   config: ModelConfig
@@ -99,16 +99,8 @@ def best_kernels() -> str:
   return "native" if jax.default_backend() == "cpu" and build.available() else "reference"
 
 
-def sparse_mode(config: ModelConfig, sparse: str, predictors: stored.Predictors | None = None) -> str:
-  """The mode that `sparse` asks for; `auto` takes the one that reads least.
-
-  The predictors that a model holds are a part of it: no mode changes a token. Those of a folder of their own do where
-  they miss a neuron.
-
-  Args:
-    config: the model.
-    sparse: one of SPARSE.
-    predictors: of a folder of their own, if there are any for it.
+def sparse_mode(config: ModelConfig, sparse: str) -> str:
+  """The mode that `sparse` asks for. `auto` takes the one that reads least; none of its choices changes a token.
 
   Raises:
     UserError: unknown, or not possible with this model.
@@ -121,29 +113,33 @@ def sparse_mode(config: ModelConfig, sparse: str, predictors: stored.Predictors 
       f"--sparse=exact: {config.activation} is exactly zero nowhere, so no row may be skipped; choose --sparse=off, or "
       "give the model zeros first (experiments/convert.py --activation=drelu, or fatrelu:0.01 for a threshold)."
     )
-  if sparse == "predictor" and not config.predictor_ranks and predictors is None:
+  if sparse == "predictor" and not config.predictor_ranks:
     raise UserError(
       "--sparse=predictor: the model holds no predictors and there are none beside it; train some by "
       "experiments/predictors.py, or choose --sparse=exact or --sparse=off."
     )
   if sparse == "auto":
-    least = predictors is not None and predictors.read["predictor"] < predictors.read["exact"]
-    return "predictor" if config.predictor_ranks or least else "exact" if exact else "off"
+    return "predictor" if config.predictor_ranks else "exact" if exact else "off"
   return sparse
 
 
 def find_predictors(model: Model, sparse: str, given: Path | None) -> stored.Predictors | None:
-  """The predictors that `sparse` may ask: those given, else those beside a model that holds none itself.
+  """The predictors to merge into a model: those given, else those beside one that holds none itself.
+
+  They become a part of it, a neuron that they miss is zero in every mode: so `off` and `exact` take none, and `auto`
+  takes those beside the model where less is read with them than by `exact`.
 
   Raises:
-    UserError: they are given and `sparse` asks none, or they are not this model's.
+    UserError: they are given and `sparse` takes none, or they are not this model's.
   """
   if sparse in ("off", "exact"):
     if given is not None:
       raise UserError(f"--predictors={given} is of no use with --sparse={sparse}: leave one of them out.")
     return None
   folder = given or (None if model.config.predictor_ranks else stored.beside(model.path))
-  return None if folder is None else stored.load(folder, model)
+  found = None if folder is None else stored.load(folder, model)
+  worth = found is not None and (given or sparse != "auto" or found.read["predictor"] < found.read["exact"])
+  return found if worth else None
 
 
 def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | None = None) -> Decoder:
@@ -162,9 +158,8 @@ def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | N
     raise UserError(f"--dtype={dtype} is unknown: choose float32, bfloat16 or nothing, which is as stored.")
   model = open_model(path)
   trained = find_predictors(model, sparse, predictors)
-  mode = sparse_mode(model.config, sparse, trained)
-  trained = trained if mode == "predictor" else None
   model = model if trained is None else stored.merge(model, trained)
+  mode = sparse_mode(model.config, sparse)
   config = dataclasses.replace(model.config, dtype="float32")
   tokenizer = load_tokenizer(model.vocabulary)
   params = arrange(config, model.leaves()[0], dtype)

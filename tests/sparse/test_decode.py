@@ -48,7 +48,8 @@ def model_of(config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def step(config, kernels, mode, params, cache, tokens, positions, valid):
-  hidden, cache = hidden_states(config, kernels, mode, params, cache, tokens, positions, valid)
+  modes = (mode,) * config.num_layers
+  hidden, cache, _ = hidden_states(config, kernels, modes, params, cache, tokens, positions, valid)
   return logits_of(config, kernels, params, hidden), cache
 
 

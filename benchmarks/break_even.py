@@ -3,13 +3,13 @@
 python benchmarks/break_even.py
 python benchmarks/break_even.py --preset=tiny --repeats=2 --json=break_even.json
 
-One dReLU FFN of the preset's shape in bfloat16, neurons firing independently of each other and of the token's neighbours.
+One dReLU FFN of the preset's shape in bfloat16, neurons and tokens firing independently of each other.
 "exact": with the square root of the share for the gate and for up; it reads every gate, up where any token of the batch
 has its gate open, and down where any has a hidden that is not zero. "predictor": gate and up are always positive, and a
 predictor of rank 9 % of F (Mistral's is 1260 of 14,336) says which neurons count, for dense too; it reads the neurons
-that any token of the batch wants. "bytes" is what that is of what dense reads. The ratio is the median over the runs, each over
-the dense one just before, since other load changes from run to run; the times are the least. The ratios are what
---sparse=auto goes by: they are copied to tsparse/sparse/break_even.py.
+that any token of the batch wants. "bytes" is what that is of what dense reads. The ratio is the median over the runs,
+each over the dense one just before, since other load changes from run to run; the times are the least. The ratios are
+what --sparse=auto goes by: they are copied to tsparse/sparse/break_even.py.
 """
 
 import sys

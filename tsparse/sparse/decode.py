@@ -153,9 +153,7 @@ def _feed_forward(
   act, dim = activation(config.activation), x.shape[-1]
   flat = x.reshape(-1, dim).astype(jnp.float32)  # [B T, D]
 
-  def ffn(
-    chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None
-  ) -> tuple[Array, Array]:
+  def ffn(chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None) -> tuple[Array, Array]:
     args = (part.reshape(-1, part.shape[-1]) for part in (chosen, weights))
     out, fired = table.feed_forward(kernels, mode, act, flat, *args, neurons, predictor)
     return out.reshape(x.shape).astype(x.dtype), fired.sum()

@@ -78,9 +78,7 @@ def dot(w: Array, rows: Array, count: Array, x: Array, block: int, interpret: bo
         whole = jnp.broadcast_to(inside[None], (ROWS, COLUMNS))
         part = triton.load(w_ref.at[row[:, None], column[None]], mask=whole, other=0).astype(jnp.float32)
         vectors = (triton.load(x_ref.at[t, column], mask=inside, other=0) for t in range(tokens))
-        return tuple(
-          total + jnp.sum(part * vector[None], axis=1) for total, vector in zip(sums, vectors, strict=True)
-        )
+        return tuple(total + jnp.sum(part * vector[None], axis=1) for total, vector in zip(sums, vectors, strict=True))
 
       sums = jax.lax.fori_loop(0, pl.cdiv(dim, COLUMNS), tile, (jnp.zeros(ROWS),) * tokens)
       for t in range(tokens):

@@ -148,7 +148,7 @@ def add(w: Array, rows: Array, count: Array, h: Array, block: int, interpret: bo
 
 
 def _call(kernel, shape, chunk, interpret, count, rows, vectors, w, block, spec) -> Array:
-  """Runs a kernel (count, rows, vectors, w, out, buffer, semaphores) once; w stays in HBM, in groups of `block` rows."""
+  """Runs kernel(count, rows, vectors, w, out, buffer, semaphores) once; w stays in HBM, `block` rows together."""
   slab = block, *w.shape[2:]
   return pl.pallas_call(
     kernel,

@@ -123,7 +123,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
 
   shape = KNOWN[name]
   config, params = decoder_of(shape, layers)
-  steps = steppers(config, params, best_kernels(), max(64, 1 << tokens.bit_length()))
+  steps = steppers(config, params, best_kernels(config.d_model), max(64, 1 << tokens.bit_length()))
   read, read_bytes = bandwidth_reader(params)
   seconds = {head: dict.fromkeys(MODES, float("inf")) for head in (False, True)}
   best, current, said = float("inf"), dict.fromkeys(MODES, 1), {mode: [] for mode in MODES}

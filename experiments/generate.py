@@ -21,6 +21,7 @@ MODEL = flags.DEFINE_string("model", None, "A workdir of ours or a Hugging Face 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be repeated.")
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens generated at most.", lower_bound=1)
 SPARSE = flags.DEFINE_string("sparse", "auto", "Which neurons are read: off (all), exact, predictor, or auto.")
+PREDICTORS = flags.DEFINE_string("predictors", None, "Folder of predictors. Default: MODEL/predictors, if there.")
 DTYPE = flags.DEFINE_string("dtype", "", "Of the weights in memory: float32 or bfloat16. Default: as stored.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0: all.")
@@ -43,7 +44,8 @@ def main():
     raise UserError("--model and --prompt are needed: give the model and the text to go on from.")
   sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, SEED.value)
   request = Request(NEW_TOKENS.value, sampling, CHAT.value, SYSTEM.value, STOP_TOKEN.value, STOP.value)
-  decoder = load(Path(MODEL.value), SPARSE.value, DTYPE.value)
+  predictors = Path(PREDICTORS.value) if PREDICTORS.value else None
+  decoder = load(Path(MODEL.value), SPARSE.value, DTYPE.value, predictors)
   streamed = len(PROMPT.value) == 1 and not JSON.value
   done = complete(decoder, PROMPT.value, request, lambda _, text: streamed and print(text, end="", flush=True))
   if JSON.value:

@@ -24,7 +24,7 @@ MOE = dataclasses.replace(
   shared_d_ff=12, shared_gate=True, dense_layers=1, dense_d_ff=40,
 )  # fmt: skip
 MESHES = {"1 device": {}, "8 devices": {"data": 2, "expert": 2, "tensor": 2}}
-SEEN = ("x", "gate", "up", "hidden", "reached", "down", "positions")
+SEEN = ("x", "residual", "gate", "up", "hidden", "reached", "down", "positions")
 
 
 def mesh_of(sizes):

@@ -72,7 +72,8 @@ def layer(impl, mesh, load, predicted=False, masked=False):
   predictors = None
   if predicted:
     fc1, fc2 = jax.random.normal(next(keys), (E, D, R)), jax.random.normal(next(keys), (E, R, F))
-    predictors = Predictors(fc1, fc2, jax.random.normal(next(keys), (ROWS, TIME, D)))
+    x_read, threshold = jax.random.normal(next(keys), (ROWS, TIME, D)), jnp.linspace(-1.0, 1.0, E)
+    predictors = Predictors(fc1, fc2, x_read, threshold)
   with on(MESHES[mesh]):
     (_, aux), gradients = compiled(impl, mesh, masked)(x, router, experts, predictors)
   return jax.tree.map(np.asarray, (*aux, gradients))

@@ -22,7 +22,9 @@ CONFIGS = {
   ),
   "deepseek": dataclasses.replace(DEEPSEEK, shared_gate=True),
   "turbosparse": dataclasses.replace(TINY, sliding_window=5, predictor_ranks=(6, 6), predictor_input="before_norm"),
-  "turbosparse_moe": dataclasses.replace(MOE, predictor_ranks=(6, 6), predictor_input="after_norm"),
+  "turbosparse_moe": dataclasses.replace(
+    MOE, predictor_ranks=(6, 6), predictor_input="after_norm", predictor_thresholds=True
+  ),
 }
 LENGTH, PROMPT = 14, 8
 
@@ -46,7 +48,8 @@ def model_of(config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def step(config, kernels, mode, params, cache, tokens, positions, valid):
-  hidden, cache = hidden_states(config, kernels, mode, params, cache, tokens, positions, valid)
+  modes = (mode,) * config.num_layers
+  hidden, cache, _ = hidden_states(config, kernels, modes, params, cache, tokens, positions, valid)
   return logits_of(config, kernels, params, hidden), cache
 
 

@@ -15,7 +15,9 @@ from tsparse.convert.model import open_model
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
-from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, best_kernels, complete, load, sparse_mode, stream
+from tsparse.sparse.break_even import choose_mode
+from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, complete, load, sparse_mode, stream, summary
+from tsparse.sparse.kernels.table import best_kernels
 from tsparse.sparse.layout import arrange, leaves_of
 from tsparse.sparse.sample import Sampling, choose, filtered
 from tsparse.sparse.text import Stream, chatml, encode_prompt, load_tokenizer, stop_tokens
@@ -34,7 +36,9 @@ def tiny():
     PRESETS["tiny_moe"], num_layers=2, d_model=32, d_ff=64, head_dim=8, activation="drelu", max_seq_len=64
   )
   params = init_parameters(Transformer(config), jax.random.key(0))
-  return Decoder(config, arrange(config, leaves_of(params)), "off", best_kernels(), load_tokenizer("bytes"))
+  return Decoder(
+    config, arrange(config, leaves_of(params)), "off", best_kernels(config.d_model), load_tokenizer("bytes")
+  )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,7 +48,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
   theirs = save_huggingface(tmp_path, *CASES[name])
   theirs.generation_config.eos_token_id = None
   model = open_model(tmp_path)  # it has no tokenizer, which `load` would ask for
-  decoder = Decoder(model.config, arrange(model.config, model.leaves()[0]), "off", best_kernels())
+  decoder = Decoder(model.config, arrange(model.config, model.leaves()[0]), "off", best_kernels(model.config.d_model))
   want = [
     theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(prompt) :]
     for prompt in PROMPTS
@@ -82,8 +86,11 @@ def test_a_real_model_tells_its_story_and_loses_no_token_to_skipping(shared_data
   convert(shared_data / "stories260k", tmp_path / "ours", "tsparse", activation="drelu", console=Console(quiet=True))
   decoder = load(tmp_path / "ours", dtype="bfloat16")
   prompts = [[tokenizer.bos, *decoder.tokenizer.encode(text)] for text in ("Once upon a time", "The dog")]
-  assert decoder.mode == "exact" and decoder.params["layers"][0]["neurons"].gate.dtype == "bfloat16"
-  assert rows(decoder, prompts, 100) == rows(dataclasses.replace(decoder, mode="off"), prompts, 100)
+  assert decoder.mode == "auto" and decoder.params["layers"][0]["neurons"].gate.dtype == "bfloat16"
+  dense, exact, auto = (
+    rows(dataclasses.replace(decoder, mode=mode), prompts, 100) for mode in ("off", "exact", "auto")
+  )
+  assert dense == exact == auto
 
 
 def test_filters_keep_what_those_of_transformers_keep():
@@ -135,9 +142,7 @@ def test_a_text_ends_where_the_context_or_the_request_does(tiny):
 
 def test_what_cannot_be_skipped_is_said():
   dense, turbo = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], activation="drelu")
-  assert sparse_mode(dense, "auto") == "off" and sparse_mode(turbo, "auto") == "exact"
-  merged = dataclasses.replace(turbo, predictor_ranks=(4,) * 4, predictor_input="after_norm")
-  assert sparse_mode(merged, "auto") == "predictor"
+  assert sparse_mode(dense, "auto") == "off" and sparse_mode(turbo, "auto") == "auto"
   for config, mode, sentence in (
     (dense, "exact", "exactly zero nowhere"),
     (turbo, "predictor", "holds no predictors"),
@@ -145,6 +150,26 @@ def test_what_cannot_be_skipped_is_said():
   ):
     with pytest.raises(UserError, match=sentence):
       sparse_mode(config, mode)
+
+
+def test_auto_takes_the_mode_that_was_measured_faster(monkeypatch):
+  table = {"exact": {0.0: {1: 1.1, 2: 1.2}, 0.7: {1: 0.6, 2: 1.01}}, "predictor": {0.0: {2: 1.5}, 0.5: {2: 0.5}}}
+  monkeypatch.setattr("tsparse.sparse.break_even.RATIO", table)
+  exact, both = ["off", "exact"], ["off", "exact", "predictor"]
+  asked = [(exact, 0.69, 1), (exact, 0.7, 1), (exact, 0.99, 2), (exact, 0.7, 9), (both, 0.6, 1), (both, 0.4, 8)]
+  assert [choose_mode(*one) for one in asked] == ["off", "exact", "off", "off", "predictor", "off"]
+
+
+def test_auto_skips_in_the_layers_that_have_zeros_enough(tiny, monkeypatch):
+  monkeypatch.setattr("tsparse.sparse.break_even.RATIO", {"exact": {0.0: {1: 1.1}, 0.95: {1: 0.5, 2: 1.1}}})
+  shut, open_ = tiny.params["layers"]
+  shut = shut | {"neurons": shut["neurons"]._replace(gate=0 * shut["neurons"].gate)}
+  decoder = dataclasses.replace(tiny, mode="auto", params=tiny.params | {"layers": [shut, open_]})
+  done = [complete(decoder, ["ab"] * rows, Request(new_tokens=3)) for rows in (1, 3)]  # 2 of 4 experts: 1 and 2 share
+  skips = ("exact", "off") if decoder.kernels == "native" else ("off", "off")  # the reference reads everything
+  assert [one[0].modes for one in done] == [skips, ("off", "off")]
+  assert decoder.kernels != "native" or "--sparse=auto (off in 1, exact in 1 of 2 layers)" in summary(decoder, done[0])
+  assert {one.text for rows in done for one in rows} == {done[0][0].text}
 
 
 def test_the_command_streams_or_prints_json(shared_data):

@@ -25,6 +25,10 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def ffn(kernels, mode, name, *args, **options):
+  return counted(kernels, mode, name, *args, **options)[0]
+
+
+def counted(kernels, mode, name, *args, **options):
   return jax.jit(functools.partial(kernels.feed_forward, mode, activation(name), **options))(*args)
 
 
@@ -38,7 +42,7 @@ def layer(n, dim, width, dtype, experts=1, chosen=1, rank=0):
   predictor = None
   if rank:
     fc1, fc2 = normal(6, experts, rank, dim, dtype=dtype), normal(7, experts, width, rank, dtype=dtype)
-    predictor = Predictor(fc1, fc2, normal(8, n, dim))
+    predictor = Predictor(fc1, fc2, normal(8, n, dim), normal(9, experts))
   return normal(0, n, dim), index, jnp.abs(normal(5, n, chosen)), Neurons(gate, up, down), predictor
 
 
@@ -79,11 +83,14 @@ def test_every_activation_is_known_to_the_kernels():
 def test_experts_and_predictors_equal_those_of_jnp_on_every_instruction_set(level, dtype):
   level = native.LEVELS[level]
   args = layer(6, 50, 300, dtype, experts=4, chosen=2, rank=9)
-  want = ffn(reference, "predictor", "drelu", *args)
-  dense = ffn(native, "off", "drelu", *args, level=level)
+  want, fired = counted(reference, "predictor", "drelu", *args)
+  dense, count = counted(native, "off", "drelu", *args, level=level)
   close(dense, want)
+  np.testing.assert_array_equal(count, fired)
+  assert float(fired[:-1].min()) > 0 and float(fired[-1]) == 0  # padding fires nothing
   for mode in ("exact", "predictor"):
-    np.testing.assert_array_equal(ffn(native, mode, "drelu", *args, level=level), dense)
+    for got, same in zip(counted(native, mode, "drelu", *args, level=level), (dense, count), strict=True):
+      np.testing.assert_array_equal(got, same)
   assert float(jnp.abs(want - ffn(reference, "off", "drelu", *args[:-1])).max()) > 0.1  # the predictor is seen
 
 

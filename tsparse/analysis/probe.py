@@ -35,6 +35,7 @@ class Seen(NamedTuple):
 
   Attributes:
     x: [B, T, D], what gate and up read.
+    residual: [B, T, D], the same before the norm.
     gate: [B, T, E, F], x times the gate weights.
     up: [B, T, E, F].
     hidden: [B, T, E, F], what `down` reads.
@@ -44,6 +45,7 @@ class Seen(NamedTuple):
   """
 
   x: Array
+  residual: Array
   gate: Array
   up: Array
   hidden: Array
@@ -128,7 +130,7 @@ def probe(
   plain = Transformer(dataclasses.replace(model.config, moe_impl="dense", remat="none"))
   total = None
   for batch in batches:
-    nll, found = _batch_sums(plain, observe, params, place(batch, mesh), settings or {}, intervention or {})
+    nll, found = batch_sums(plain, observe, params, place(batch, mesh), settings or {}, intervention or {})
     if not np.isfinite(nll):
       raise UserError(_first_not_finite({kind: np.asarray(finite) for kind, (_, finite, _) in found.items()}))
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
@@ -160,8 +162,8 @@ class _Probe:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_sums(model, observe, params, batch, settings, intervention):
-  """Sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), each with a leading axis L of its layers."""
+def batch_sums(model, observe, params, batch, settings, intervention):
+  """Of one batch the sum of -ln p, and by kind of FFN (HiddenCounts, finite [L], sums), with axis L of its layers."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   kinds = ffn_layers(model.config)
   probes = {kind: _Probe(settings.get(kind), intervention.get(kind), observe) for kind in kinds}
@@ -176,14 +178,14 @@ def _intercept(positions: Array, call: Callable, args: tuple, kwargs: dict, cont
   if not isinstance(ffn, FeedForward) or context.method_name != "__call__":
     return call(*args, **kwargs)
   bound = inspect.signature(FeedForward.__call__).bind(ffn, *args, **kwargs)
-  x, valid, interventions = (bound.arguments[name] for name in ("x", "valid", "interventions"))
+  x, residual, valid, interventions = (bound.arguments[n] for n in ("x", "residual", "valid", "interventions"))
   weights = ffn.variables["params"]
   down = weights["down"].astype(x.dtype)
   reached = valid[..., None]
   if down.ndim == 3:
     chosen, _ = route(router_logits(x, weights["router"]), valid, ffn.config.experts_per_token)  # [B, T, k]
     reached = jax.nn.one_hot(chosen, down.shape[0], dtype=jnp.bool).any(axis=2)
-  watch = _Watch(interventions["ffn"], x, reached, down.reshape(-1, *down.shape[-2:]), positions)
+  watch = _Watch(interventions["ffn"], x, residual, reached, down.reshape(-1, *down.shape[-2:]), positions)
   bound.arguments["interventions"] = interventions | {"ffn": watch}
   out, counts, *rest = call(*bound.args[1:], **bound.kwargs)
   finite = jnp.all(jnp.isfinite(out) | ~valid[..., None])
@@ -196,6 +198,7 @@ class _Watch:
 
   probe: _Probe
   x: Array
+  residual: Array
   reached: Array
   down: Array
   positions: Array
@@ -209,5 +212,6 @@ class _Watch:
     if self.probe.intervention is not None:
       hidden = self.probe.intervention(gate, up, hidden, expert)
     whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (gate, up, hidden))  # a dense FFN is one expert
-    self.sums = self.probe.observe(Seen(self.x, *whole, self.reached, self.down, self.positions), self.probe.settings)
+    seen = Seen(self.x, self.residual, *whole, self.reached, self.down, self.positions)
+    self.sums = self.probe.observe(seen, self.probe.settings)
     return hidden

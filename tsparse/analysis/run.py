@@ -171,7 +171,7 @@ def run(
   axis = "data" if any(model.config.d_model % devices for model in stored) else "fsdp"
   mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
   for model in stored:
-    _check_fits(model, mesh)
+    check_fits(model, mesh)
   eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
     settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
@@ -221,7 +221,8 @@ def unique_names(models: Sequence[str]) -> list[str]:
   raise UserError(f"--model={twice} is given twice: give each model once.")
 
 
-def _check_fits(model: Model, mesh: jax.sharding.Mesh):
+def check_fits(model: Model, mesh: jax.sharding.Mesh):
+  """Raises UserError where the parameters of a model do not fit the devices of the mesh."""
   needed = 4 * sum(parameter_counts(model.config).values()) / mesh.shape["fsdp"]
   available = memory.device_bytes(jax.devices())
   if needed > available:

@@ -55,7 +55,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
       directory.vocabulary,
       directory.eos,
       step=0,
-      restore=lambda target: (_place(directory.leaves(), target), 0),
+      restore=lambda target: (place_leaves(directory.leaves(), target), 0),
       leaves=lambda: (directory.leaves(), 0),
     )
   try:
@@ -77,7 +77,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
   )
 
 
-def _place(leaves: Mapping[str, Leaf], target: Any) -> Any:
+def place_leaves(leaves: Mapping[str, Leaf], target: Any) -> Any:
   """The parameters as arrays with the dtypes and shardings of `target`; one at a time is whole on this host."""
 
   def place(path: tuple, wanted: jax.ShapeDtypeStruct) -> jax.Array:

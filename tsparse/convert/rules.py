@@ -123,7 +123,7 @@ def _tensor(rule: Rule, config: ModelConfig, index: Index, parameter: Leaf) -> L
   lengths = sizes(rule, config, index)
 
   def read(_: Index) -> np.ndarray:
-    part = parameter.at(index)[tuple(map(slice, shape(ours, lengths)))]
+    part = np.asarray(parameter.at(index)[tuple(map(slice, shape(ours, lengths)))])
     return contiguous(einops.rearrange(part, f"{ours} -> {theirs}", **letters(rule.pattern, lengths)))
 
   return Leaf(shape(theirs, lengths), parameter.dtype, 0, read)

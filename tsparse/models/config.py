@@ -40,6 +40,7 @@ class ModelConfig:
   dense_d_ff: int = 0  # neurons of those
   predictor_ranks: tuple[int, ...] = ()  # R of each layer's neuron predictor (TurboSparse); empty is none
   predictor_input: str = ""  # what they read: before_norm (the residual stream) or after_norm (as the FFN)
+  predictor_thresholds: bool = False  # each layer (and expert) has a threshold of its own (sparse/predictors), else 0
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
   full_attention_every: int = 0  # the last of every so many layers has no window (Gemma 2: 2); 0 means all have it
   rope_theta: float = 10_000.0
@@ -101,6 +102,7 @@ class ModelConfig:
     require(fits, f"predictor_ranks {ranks} are not one positive rank for each of {self.num_layers} equal layers")
     inputs = ("before_norm", "after_norm") if ranks else ("",)
     require(self.predictor_input in inputs, f"predictor_input is {self.predictor_input!r}, not one of {inputs}")
+    require(ranks or not self.predictor_thresholds, "predictor_thresholds is set and there are no predictors")
     require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r} is unknown, choose float32 or bfloat16")
 
   @property
@@ -224,7 +226,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     "attention": layers * s["H"] * (2 * s["D"] * (s["N"] + s["K"]) + config.attention_bias * (s["N"] + 2 * s["K"])),
     "norms": ((2 + 2 * config.post_norms) * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
     "router": (layers - config.dense_layers) * s["D"] * (s["E"] + config.shared_gate),
-    "predictor": sum(config.predictor_ranks) * (s["D"] + s["F"]) * experts,
+    "predictor": (sum(config.predictor_ranks) * (s["D"] + s["F"]) + layers * config.predictor_thresholds) * experts,
     "ffn": (layers - config.dense_layers) * experts * 3 * s["D"] * s["F"],
     "shared": (layers - config.dense_layers) * 3 * s["D"] * config.num_shared_experts * config.shared_d_ff,
     "first": config.dense_layers * 3 * s["D"] * config.dense_d_ff,

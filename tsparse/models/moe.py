@@ -46,6 +46,7 @@ class Predictors(NamedTuple):
   fc1: Array
   fc2: Array
   x: Array  # [B, T, D]
+  threshold: Array | None = None  # [E] float32; None is 0
 
 
 def moe(
@@ -98,7 +99,9 @@ def moe_dense(
   weights = constrain(jnp.einsum("btk,btke->bte", weights, one_hot), "BTE")
   routed = one_hot.any(axis=2)  # [B, T, E]
   gate, up = jnp.einsum("btd,edf->btef", x, experts.gate), jnp.einsum("btd,edf->btef", x, experts.up)
-  predicted = None if predictors is None else predict(predictors.x, predictors.fc1, predictors.fc2)
+  predicted = None
+  if predictors is not None:
+    predicted = predict(predictors.x, predictors.fc1, predictors.fc2, predictors.threshold)
   number = jnp.arange(experts.gate.shape[0])  # [E]
   hidden = constrain(gated_hidden(gate, up, activation, predicted, intervene, number), "BTEF")  # [B, T, E, F]
   counts = HiddenCounts(
@@ -152,7 +155,7 @@ def moe_grouped(
       by_row,
       by_row,
       Experts(inner, inner, P(e, f, None)),
-      None if predictors is None else Predictors(P(e, None, None), inner, by_row),
+      predictors and Predictors(P(e, None, None), inner, by_row, None if predictors.threshold is None else P(e)),
       P(),
     ),
     out_specs=(by_row, HiddenCounts(P(e, f), P(e), by_row if by_token else None)),
@@ -204,7 +207,10 @@ def _grouped(
   predicted = None
   if predictors is not None:
     read = jax.nn.relu(grouped_matmul(fetch(flat(predictors.x)), predictors.fc1, sizes))
-    predicted = straight_through(grouped_matmul(read, predictors.fc2, sizes))
+    threshold = predictors.threshold
+    if threshold is not None:
+      threshold = jnp.repeat(threshold, sizes, total_repeat_length=slots.shape[0])  # [S]
+    predicted = straight_through(grouped_matmul(read, predictors.fc2, sizes), threshold)
   hidden = gated_hidden(gate, up, activation, predicted, None)
   if intervene is not None:
     here = experts.gate.shape[0]

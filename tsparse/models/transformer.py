@@ -12,6 +12,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
     layers/ffn/{router [L, D, E], gate [L, E, D, F], up [L, E, D, F], down [L, E, F, D]}     with experts
     layers/ffn/shared/{gate, up, down} as dense, layers/ffn/shared_gate [L, D]                   with a shared expert
     layers/ffn/predictor/{fc1 [L, D, R], fc2 [L, R, F]}, with E as above                         with predictors
+    layers/ffn/predictor/threshold [L], with experts [L, E]                          with predictors and thresholds
     first/...                                                 as layers, for the dense layers before those with experts
 """
 
@@ -119,10 +120,12 @@ class Predictor(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self) -> tuple[Array, Array]:
-    """Its weights, fc1 [D, R] and fc2 [R, F], with experts [E, D, R] and [E, R, F]."""
+  def __call__(self) -> tuple[Array, Array, Array | None]:
+    """Its weights, fc1 [D, R] and fc2 [R, F], with experts [E, D, R] and [E, R, F], and its threshold [] or [E]."""
     experts = "E" if self.config.num_experts else ""
-    return _weight(self, "fc1", experts + "DR", fan_in="D"), _weight(self, "fc2", experts + "RF", fan_in="R")
+    fc1, fc2 = _weight(self, "fc1", experts + "DR", fan_in="D"), _weight(self, "fc2", experts + "RF", fan_in="R")
+    thresholds = self.config.predictor_thresholds
+    return fc1, fc2, _vector(self, "threshold", experts, nn.initializers.zeros) if thresholds else None
 
 
 class FeedForward(nn.Module):
@@ -154,9 +157,10 @@ class FeedForward(nn.Module):
     predictor = None
     if config.predictor_ranks:
       read = residual if config.predictor_input == "before_norm" else x
-      predictor = Predictors(*Predictor(config, name="predictor")(), read)
+      fc1, fc2, threshold = Predictor(config, name="predictor")()
+      predictor = Predictors(fc1, fc2, read, threshold)
     if not config.num_experts:
-      predicted = predictor and predict(predictor.x, predictor.fc1, predictor.fc2)
+      predicted = predictor and predict(predictor.x, predictor.fc1, predictor.fc2, predictor.threshold)
       fed = ffn_input(x, intervene)
       out, counts = feed_forward(fed, gate, up, down, valid, act, predicted, intervene, self.by_token)
       return out, {"ffn": counts}

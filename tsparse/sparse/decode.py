@@ -5,6 +5,7 @@ of a token in the cache is its position, so a row sees exactly what its own prom
 end of a shorter prompt wrote lies at later positions, and is overwritten before it is seen.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 from tsparse.activations import activation
 from tsparse.models import layers, rope, router
 from tsparse.models.config import ModelConfig
-from tsparse.sparse.kernels import native, reference
+from tsparse.sparse.kernels import table
 from tsparse.sparse.kernels.reference import Neurons, Predictor
+from tsparse.sparse.kernels.table import KERNELS
 
 Array = jax.Array
 Cache = list[tuple[Array, Array]]  # of each layer, keys and values [B, K, S, H]
-KERNELS = {"native": native, "reference": reference}
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -29,14 +30,23 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 
 def hidden_states(
-  config: ModelConfig, kernels: str, mode: str, params: Any, cache: Cache, tokens: Array, positions: Array, valid: Array
-) -> tuple[Array, Cache]:
-  """What the head reads, and the cache with the tokens' keys and values.
+  config: ModelConfig,
+  kernels: str,
+  modes: Sequence[str],
+  params: Any,
+  cache: Cache,
+  tokens: Array,
+  positions: Array,
+  valid: Array,
+) -> tuple[Array, Cache, Array]:
+  """What the head reads, the cache with the tokens' keys and values, and how much of each layer's hidden was not zero.
+
+  On a mesh (`jax.set_mesh`) the kernels run as table.py says, and so does layout.py place the parameters.
 
   Args:
     config: the model; static, as the next two.
-    kernels: a key of KERNELS.
-    mode: which rows of the FFNs are read, one of reference.MODES.
+    kernels: a key of table.KERNELS.
+    modes: which rows of each layer's FFN are read, of reference.MODES.
     params: in the layout of layout.py.
     cache: as `empty_cache` made it or this function returned it.
     tokens: [B, T] int32.
@@ -44,27 +54,36 @@ def hidden_states(
     valid: [B, T] bool, false on padding, which comes last in its row and whose result has no meaning.
 
   Returns:
-    [B, T, D] in the dtype of compute, and the cache.
+    [B, T, D] in the dtype of compute, the cache, and [L] float32: entries of the FFN hidden that are not zero, over the
+    valid tokens; `hidden_entries` says of how many.
   """
   x = params["embed"][tokens].astype(config.dtype)
   if config.scale_embeddings:
     x *= jnp.asarray(config.d_model**0.5, x.dtype)
   cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-  after = []
-  for window, layer, kept in zip(config.windows, params["layers"], cache, strict=True):
+  after, fired = [], []
+  for window, layer, kept, mode in zip(config.windows, params["layers"], cache, modes, strict=True):
     normed = _norm(config, layer["attention_norm"], x)
     out, kept = _attention(config, KERNELS[kernels], layer, normed, cos, sin, kept, positions, window)
     x += _norm(config, layer["attention_post_norm"], out) if config.post_norms else out
-    out = _feed_forward(config, KERNELS[kernels], mode, layer, _norm(config, layer["ffn_norm"], x), x, valid)
+    normed = _norm(config, layer["ffn_norm"], x)
+    out, count = _feed_forward(config, KERNELS[kernels], mode, layer, normed, x, valid)
     x += _norm(config, layer["ffn_post_norm"], out) if config.post_norms else out
     after.append(kept)
-  return _norm(config, params["final_norm"], x), after
+    fired.append(count)
+  return _norm(config, params["final_norm"], x), after, jnp.stack(fired)
+
+
+def hidden_entries(config: ModelConfig) -> list[int]:
+  """Entries of the FFN hidden of one token in each layer: over the experts it is routed to, and the shared ones."""
+  routed = max(1, config.experts_per_token) * config.d_ff + config.num_shared_experts * config.shared_d_ff
+  return [config.dense_d_ff] * config.dense_layers + [routed] * (config.num_layers - config.dense_layers)
 
 
 def logits_of(config: ModelConfig, kernels: str, params: Any, hidden: Array) -> Array:
   """Next-token logits [..., V] float32 of hidden states [..., D]."""
   head = params["embed" if config.tie_embeddings else "head"]
-  out = KERNELS[kernels].linear(hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32), head)
+  out = table.linear(KERNELS[kernels], hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32), head)
   return layers.softcap(out, config.final_softcap).reshape(*hidden.shape[:-1], -1)
 
 
@@ -74,7 +93,7 @@ def _norm(config: ModelConfig, scale: Array, x: Array) -> Array:
 
 def _linear(kernels: ModuleType, x: Array, w: Array) -> Array:
   """x [B, T, in], w [out, in] -> [B, T, out], in the dtype of x."""
-  out = kernels.linear(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w)
+  out = table.linear(kernels, x.reshape(-1, x.shape[-1]).astype(jnp.float32), w)
   return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
@@ -101,7 +120,8 @@ def _attention(
   key = rope.rotate(key.reshape(batch, time, kv_heads, size), cos, sin)
   value = value.reshape(batch, time, kv_heads, size)
   keys, values = (_write(old, new, positions[:, 0]) for old, new in zip(kept, (key, value), strict=True))
-  mixed = kernels.attend(
+  mixed = table.attend(
+    kernels,
     *(array.astype(jnp.float32) for array in (query, keys, values)),
     positions,
     window,
@@ -128,14 +148,15 @@ def _feed_forward(
   x: Array,
   residual: Array,
   valid: Array,
-) -> Array:
-  """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D]."""
+) -> tuple[Array, Array]:
+  """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D], and [] the entries that are not zero."""
   act, dim = activation(config.activation), x.shape[-1]
   flat = x.reshape(-1, dim).astype(jnp.float32)  # [B T, D]
 
-  def ffn(chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None) -> Array:
+  def ffn(chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None) -> tuple[Array, Array]:
     args = (part.reshape(-1, part.shape[-1]) for part in (chosen, weights))
-    return kernels.feed_forward(mode, act, flat, *args, neurons, predictor).reshape(x.shape).astype(x.dtype)
+    out, fired = table.feed_forward(kernels, mode, act, flat, *args, neurons, predictor)
+    return out.reshape(x.shape).astype(x.dtype), fired.sum()
 
   alone = jnp.where(valid, 0, 1)[..., None], valid[..., None].astype(jnp.float32)
   if "router" in layer:
@@ -146,11 +167,11 @@ def _feed_forward(
   predictor = None
   if "fc1" in layer:
     read = residual if config.predictor_input == "before_norm" else x
-    predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32))
-  out = ffn(*routed, layer["neurons"], predictor)
+    predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32), layer.get("threshold"))
+  out, fired = ffn(*routed, layer["neurons"], predictor)
   if "shared" in layer:
-    shared = ffn(*alone, layer["shared"], None)
+    shared, count = ffn(*alone, layer["shared"], None)
     if "shared_gate" in layer:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, layer["shared_gate"].astype(x.dtype)))[..., None]
-    out += shared
-  return out
+    out, fired = out + shared, fired + count
+  return out, fired

@@ -1,12 +1,13 @@
 """Generation: a stored model, prompts and how to sample -> text, streamed.
 
-decoder = load(Path("runs/mine"), sparse="exact")
+decoder = load(Path("runs/mine"), sparse="exact")        # or "predictor", with those beside the model or `predictors`
 for tokens in stream(decoder, [[1, 45, 7], [1, 9]], new_tokens=32): ...      # ids, a token of each row at a time
 completions = complete(decoder, ["Once upon", "The"], Request(new_tokens=32))     # text
 """
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.activations import activation
-from tsparse.convert.model import open_model
+from tsparse.convert.model import Model, open_model
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
-from tsparse.sparse.decode import empty_cache, hidden_states, logits_of
-from tsparse.sparse.kernels import build
+from tsparse.sparse.break_even import choose_mode
+from tsparse.sparse.decode import empty_cache, hidden_entries, hidden_states, logits_of
+from tsparse.sparse.kernels import reference
 from tsparse.sparse.kernels.reference import MODES
+from tsparse.sparse.kernels.table import KERNELS, best_kernels
 from tsparse.sparse.layout import DTYPES, arrange
+from tsparse.sparse.predictors import stored
 from tsparse.sparse.sample import Sampling, choose
 from tsparse.sparse.text import IM_END, Stream, encode_prompt, load_tokenizer, stop_tokens
 
@@ -45,10 +49,12 @@ class Decoder:
   Attributes:
     config: the model.
     params: in the layout of layout.py.
-    mode: which rows of the FFNs are read, one of MODES.
-    kernels: a key of decode.KERNELS.
+    mode: which rows of the FFNs are read, one of MODES, or "auto": of a prompt all, and then each layer what is fastest
+      at the zeros that the prompt had there (break_even.py).
+    kernels: a key of KERNELS.
     tokenizer: None where only ids are wanted.
     path: the folder of the model, which may say what ends a text.
+    predictors: those that were merged into it from a folder of their own.
   """
 
   config: ModelConfig
@@ -57,6 +63,7 @@ class Decoder:
   kernels: str
   tokenizer: Tokenizer | None = None
   path: Path = Path()
+  predictors: stored.Predictors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +96,11 @@ class Completion:
   tokens: list[int]
   finish: str
   tokens_per_second: float | None  # of the whole batch, see DEFINITIONS
-
-
-def best_kernels() -> str:
-  """Native on a CPU where they can be built, otherwise jnp."""
-  return "native" if jax.default_backend() == "cpu" and build.available() else "reference"
+  modes: tuple[str, ...]  # in which each layer was decoded
 
 
 def sparse_mode(config: ModelConfig, sparse: str) -> str:
-  """The mode that `sparse` asks for. `auto` takes the one that reads least; none of its choices changes a token.
+  """The mode that `sparse` asks for. `auto` is "off" where nothing can be skipped; none of its choices changes a token.
 
   Raises:
     UserError: unknown, or not possible with this model.
@@ -111,47 +114,98 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
       "give the model zeros first (experiments/convert.py --activation=drelu, or fatrelu:0.01 for a threshold)."
     )
   if sparse == "predictor" and not config.predictor_ranks:
-    raise UserError("--sparse=predictor: the model holds no predictors; choose --sparse=exact or --sparse=off.")
-  if sparse == "auto":
-    return "predictor" if config.predictor_ranks else "exact" if exact else "off"
-  return sparse
+    raise UserError(
+      "--sparse=predictor: the model holds no predictors and there are none beside it; train some by "
+      "experiments/predictors.py, or choose --sparse=exact or --sparse=off."
+    )
+  return "off" if sparse == "auto" and candidates(config) == ["off"] else sparse
 
 
-def load(path: Path, sparse: str = "auto", dtype: str = "") -> Decoder:
+def candidates(config: ModelConfig) -> list[str]:
+  """The modes among which `auto` may choose: those that skip something, and "off"."""
+  exact = activation(config.activation).exact_zeros
+  return ["off", *(["exact"] if exact else []), *(["predictor"] if config.predictor_ranks else [])]
+
+
+def choose_modes(config: ModelConfig, kernels: str, zeros: Sequence[float], batch: int) -> tuple[str, ...]:
+  """The mode of each layer, from the share of its hidden that was zero and the number of rows that are decoded."""
+  if KERNELS[kernels] is reference:  # it reads all rows whatever the mode
+    return ("off",) * config.num_layers
+  shared = [1.0] * config.dense_layers  # of the tokens, that meet a neuron's expert
+  routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+  shared += [routed] * (config.num_layers - config.dense_layers)
+  return tuple(
+    choose_mode(candidates(config), share, max(1, math.ceil(batch * part)))
+    for share, part in zip(zeros, shared, strict=True)
+  )
+
+
+def find_predictors(model: Model, sparse: str, given: Path | None) -> stored.Predictors | None:
+  """The predictors to merge into a model: those given, else those beside one that holds none itself.
+
+  They become a part of it, a neuron that they miss is zero in every mode: so `off` and `exact` take none, and `auto`
+  takes those beside the model where less is read with them than by `exact`.
+
+  Raises:
+    UserError: they are given and `sparse` takes none, or they are not this model's.
+  """
+  if sparse in ("off", "exact"):
+    if given is not None:
+      raise UserError(f"--predictors={given} is of no use with --sparse={sparse}: leave one of them out.")
+    return None
+  folder = given or (None if model.config.predictor_ranks else stored.beside(model.path))
+  found = None if folder is None else stored.load(folder, model)
+  worth = found is not None and (given or sparse != "auto" or found.read["predictor"] < found.read["exact"])
+  return found if worth else None
+
+
+def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | None = None) -> Decoder:
   """The model in a folder, of ours or of Hugging Face, ready to decode in float32.
 
   Args:
     path: the folder.
     sparse: one of SPARSE.
     dtype: of the weights in memory, float32 or bfloat16; "" is as stored.
+    predictors: a folder of experiments/predictors.py; None for `predictors` beside the model, if it is there.
 
   Raises:
-    UserError: no such model, or `sparse` or `dtype` does not fit it.
+    UserError: no such model, or `sparse`, `dtype` or `predictors` do not fit it.
   """
   if dtype not in ("", *DTYPES):
     raise UserError(f"--dtype={dtype} is unknown: choose float32, bfloat16 or nothing, which is as stored.")
   model = open_model(path)
+  trained = find_predictors(model, sparse, predictors)
+  model = model if trained is None else stored.merge(model, trained)
   mode = sparse_mode(model.config, sparse)
   config = dataclasses.replace(model.config, dtype="float32")
   tokenizer = load_tokenizer(model.vocabulary)
-  params = arrange(config, model.leaves()[0], dtype)
-  return Decoder(config, params, mode, best_kernels(), tokenizer, path)
+  kernels = best_kernels(config.d_model)
+  place = reference.place if mode == "off" else KERNELS[kernels].place
+  params = arrange(config, model.leaves()[0], dtype, place)
+  return Decoder(config, params, mode, kernels, tokenizer, path, trained)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def forward(
-  config: ModelConfig, kernels: str, mode: str, params: Any, cache: Any, tokens: Array, start: Array, length: Array
-) -> tuple[Array, Any]:
-  """Logits [B, V] after the last of `tokens` [B, T] of each row that lies below its `length`, and the cache.
+  config: ModelConfig,
+  kernels: str,
+  modes: tuple[str, ...],
+  params: Any,
+  cache: Any,
+  tokens: Array,
+  start: Array,
+  length: Array,
+) -> tuple[Array, Any, Array]:
+  """Logits [B, V] after the last of `tokens` [B, T] of each row that lies below its `length`, cache and entries fired.
 
-  Row b holds the positions start[b], start[b] + 1, ...; those from length[b] on are padding.
+  Row b holds the positions start[b], start[b] + 1, ...; those from length[b] on are padding. The rest: hidden_states.
   """
   width = tokens.shape[1]
   positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)
   valid = positions < length[:, None]
-  hidden, cache = hidden_states(config, kernels, mode, params, cache, tokens, positions, valid)
+  hidden, cache, fired = hidden_states(config, kernels, modes, params, cache, tokens, positions, valid)
   last = jnp.clip(length - 1 - start, 0, width - 1)
-  return logits_of(config, kernels, params, hidden[jnp.arange(len(last)), last]), cache
+  return logits_of(config, kernels, params, hidden[jnp.arange(len(last)), last]), cache, fired
 
 
 def bucket(length: int, least: int) -> int:
@@ -160,7 +214,11 @@ def bucket(length: int, least: int) -> int:
 
 
 def stream(
-  decoder: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling = GREEDY
+  decoder: Decoder,
+  prompts: Sequence[Sequence[int]],
+  new_tokens: int,
+  sampling: Sampling = GREEDY,
+  tell: Callable[[tuple[str, ...]], None] = lambda modes: None,
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every row, [B] int32, `new_tokens` times.
 
@@ -172,25 +230,34 @@ def stream(
     prompts: ids, at least one each, of different lengths as it comes.
     new_tokens: how many; the model's context is not looked at.
     sampling: how each is drawn.
+    tell: called with the mode of each layer before the first token.
   """
-  model = decoder.config, decoder.kernels, decoder.mode, decoder.params
+  config, kernels, params = decoder.config, decoder.kernels, decoder.params
+  auto = decoder.mode == "auto"
+  modes = ("off" if auto else decoder.mode,) * config.num_layers
   length = np.array([len(prompt) for prompt in prompts], np.int32)
   longest = int(length.max())
   starts = range(0, longest, PIECE)
   widths = [PIECE if start + PIECE <= longest else bucket(longest - start, 16) for start in starts]
-  cache = empty_cache(decoder.config, len(prompts), bucket(max(longest + new_tokens, sum(widths)), 64))
+  cache = empty_cache(config, len(prompts), bucket(max(longest + new_tokens, sum(widths)), 64))
   padded = np.zeros((len(prompts), sum(widths)), np.int32)
   for row, prompt in zip(padded, prompts, strict=True):
     row[: len(prompt)] = prompt
-  logits = None
+  logits, fired = None, 0.0
   for start, width in zip(starts, widths, strict=True):
-    piece, cache = forward(*model, cache, padded[:, start : start + width], np.full_like(length, start), length)
-    logits = piece if logits is None else jnp.where(length[:, None] > start, piece, logits)
+    tokens, first = padded[:, start : start + width], np.full_like(length, start)
+    piece, cache, count = forward(config, kernels, modes, params, cache, tokens, first, length)
+    logits, fired = piece if logits is None else jnp.where(length[:, None] > start, piece, logits), fired + count
+  if auto:
+    zeros = 1 - np.asarray(fired) / (length.sum() * np.array(hidden_entries(config)))
+    modes = choose_modes(config, kernels, zeros.tolist(), len(prompts))
+  tell(modes)
   for step in range(new_tokens):
     tokens = choose(sampling, logits, step)
     yield np.asarray(tokens)
     if step + 1 < new_tokens:
-      logits, cache = forward(*model, cache, tokens[:, None], length + step, length + step + 1)
+      at = length + step
+      logits, cache, _ = forward(config, kernels, modes, params, cache, tokens[:, None], at, at + 1)
 
 
 def complete(
@@ -218,8 +285,8 @@ def complete(
   stops = (*request.stops, IM_END) if request.chat else request.stops
   texts = [Stream(tokenizer, row, stops) for row in ids]
   tokens, finish = [[] for _ in ids], [""] * len(ids)
-  clock, timed = 0.0, 0
-  for step, new in enumerate(stream(decoder, ids, request.new_tokens, request.sampling)):
+  clock, timed, modes = 0.0, 0, []
+  for step, new in enumerate(stream(decoder, ids, request.new_tokens, request.sampling, modes.extend)):
     if step == 1:
       clock = time.perf_counter()
     for row, token in enumerate(new.tolist()):
@@ -241,7 +308,7 @@ def complete(
   for row, text in enumerate(texts):
     show(row, text.rest())
   return [
-    Completion(prompt, text.text, row, why or "length", speed)
+    Completion(prompt, text.text, row, why or "length", speed, tuple(modes))
     for prompt, text, row, why in zip(prompts, texts, tokens, finish, strict=True)
   ]
 
@@ -250,4 +317,9 @@ def summary(decoder: Decoder, done: Sequence[Completion]) -> str:
   """How many tokens, how fast and how, in one line."""
   speed = done[0].tokens_per_second
   parts = [f"{sum(len(one.tokens) for one in done)} tokens", f"{speed:.1f} tokens/s" if speed else ""]
-  return ", ".join([*filter(None, parts), f"--sparse={decoder.mode}", f"{decoder.kernels} kernels"])
+  trained = decoder.predictors
+  counts = [f"{mode} in {done[0].modes.count(mode)}" for mode in MODES if mode in done[0].modes]
+  chosen = f" ({', '.join(counts)} of {decoder.config.num_layers} layers)" if decoder.mode == "auto" else ""
+  how = [f"--sparse={decoder.mode}{chosen}"]
+  how += [] if trained is None else [f"predictors of {trained.folder} at a recall of {trained.recall:.1%}"]
+  return ", ".join([*filter(None, parts), *how, f"{decoder.kernels} kernels"])

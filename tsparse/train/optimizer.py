@@ -8,7 +8,7 @@ import optax
 
 from tsparse.sharding import match
 
-NOT_DECAYED = r".*(norm|bias)"  # scales and biases
+NOT_DECAYED = r".*(norm|bias|threshold)"  # scales, biases, and thresholds of predictors, which have no gradient
 
 
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:

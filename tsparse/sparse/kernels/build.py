@@ -73,6 +73,11 @@ def available() -> bool:
   try:
     native.load(library(cache_folder()))
   except BuildError as error:
-    print(f"native kernels are not used: {error}; decoding runs in jnp, where zeros save no time.", file=sys.stderr)
+    say_fallback("native", str(error))
     return False
   return True
+
+
+def say_fallback(kind: str, reason: str):
+  """One line on stderr: there are no kernels of that kind, and why."""
+  print(f"{kind} kernels are not used: {reason}; decoding runs in jnp, where zeros save no time.", file=sys.stderr)

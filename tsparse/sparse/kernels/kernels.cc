@@ -179,9 +179,10 @@ struct Ffn {
   const float *x, *read;  // [n, D], and the predictor's relu(x fc1) [n, R], both arranged
   Act act;
   Mode mode;
+  float threshold;  // that the predictor's logits must exceed
 
-  // partial [n, D], arranged = sum over neurons low <= f < high of hidden[f] down[f].
-  void operator()(int64_t low, int64_t high, float* partial) const {
+  // partial [n, D], arranged = sum over neurons low <= f < high of hidden[f] down[f]; fired [n] of them are not zero.
+  void operator()(int64_t low, int64_t high, float* partial, float* fired) const {
     thread_local std::vector<int32_t> live;
     thread_local std::vector<float> mask, g, u;
     live.resize(high - low);
@@ -204,7 +205,7 @@ struct Ffn {
     };
     if (fc2) {
       dot(fc2, read, R, mask);
-      for (float& m : mask) m = m > 0;
+      for (float& m : mask) m = m > threshold;
       if (mode == kPredictor) keep([&](size_t i) { return mask[i] != 0; }, {&mask});
     } else {
       mask.assign(live.size() * n, 1.0f);
@@ -212,7 +213,12 @@ struct Ffn {
     dot(gate, x, D, g);
     if (mode != kDense) keep([&](size_t i) { return mask[i] != 0 && !act.zero(g[i]); }, {&mask, &g});
     dot(up, x, D, u);
-    for (size_t i = 0; i < u.size(); ++i) u[i] = mask[i] != 0 ? act.hidden(g[i], u[i]) : 0;
+    std::fill(fired, fired + n, 0.0f);
+    for (size_t i = 0; i < u.size(); i += n)
+      for (int64_t j = 0; j < n; ++j) {
+        u[i + j] = mask[i + j] != 0 ? act.hidden(g[i + j], u[i + j]) : 0;
+        fired[j] += u[i + j] != 0;
+      }
     if (mode != kDense) keep([&](size_t i) { return u[i] != 0; }, {&u});
     std::fill(partial, partial + n * D, 0.0f);
     rows.add(down, live.data(), live.size(), u.data(), n, D, partial);
@@ -222,7 +228,7 @@ struct Ffn {
 ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, float parameter, int64_t mode,
                        ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> chosen, ffi::Buffer<ffi::F32> weights,
                        ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::RemainingArgs predictor,
-                       ffi::Result<ffi::Buffer<ffi::F32>> out) {
+                       ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> fired) {
   const auto type = gate.element_type();
   const Rows* rows = rows_of(isa_of(level), type);
   if (!rows || up.element_type() != type || down.element_type() != type)
@@ -231,6 +237,7 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
   const int64_t E = gate.dimensions()[0], F = gate.dimensions()[1], bytes = width(type);
   const float* reads = nullptr;
   const char *fc1 = nullptr, *fc2 = nullptr;
+  const float* thresholds = nullptr;  // [E]
   int64_t R = 0;
   if (predictor.size()) {
     const auto px = predictor.get<ffi::Buffer<ffi::F32>>(0);
@@ -241,14 +248,20 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
     R = first->dimensions()[1];
     fc1 = static_cast<const char*>(first->untyped_data());
     fc2 = static_cast<const char*>(second->untyped_data());
+    if (predictor.size() > 3) {
+      const auto fourth = predictor.get<ffi::Buffer<ffi::F32>>(3);
+      if (!fourth) return ffi::Error::InvalidArgument("thresholds of predictors must be float32");
+      thresholds = fourth->typed_data();
+    }
   }
   const auto expert = [&](const ffi::AnyBuffer& w, int64_t e) {
     return static_cast<const char*>(w.untyped_data()) + e * F * D * bytes;
   };
   const int64_t chunks = std::clamp<int64_t>(3 * F * D * bytes / (4 * kPiece), 1, std::min<int64_t>(32, F));
   const int64_t step = (F + chunks - 1) / chunks;
-  thread_local std::vector<float> arranged, read, read_arranged, partial;
+  thread_local std::vector<float> arranged, read, read_arranged, partial, counts;
   std::fill(out->typed_data(), out->typed_data() + tokens * D, 0.0f);
+  std::fill(fired->typed_data(), fired->typed_data() + tokens, 0.0f);
   for (int64_t e = 0; e < E; ++e) {
     std::vector<int32_t> routed;
     std::vector<float> share;
@@ -272,16 +285,20 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
       }
       arrange(*rows, x.typed_data(), pick, D, arranged.data());
       partial.resize(chunks * n * D);
+      counts.resize(chunks * n);
       const Ffn ffn{*rows, expert(gate, e), expert(up, e), expert(down, e), fc2 ? fc2 + e * F * R * bytes : nullptr,
                     D, F, R, n, arranged.data(), read_arranged.data(),
-                    Act{static_cast<Activation>(activation), parameter}, static_cast<Mode>(mode)};
-      float* parts = partial.data();  // thread_local: the threads that help have their own
+                    Act{static_cast<Activation>(activation), parameter}, static_cast<Mode>(mode),
+                    thresholds ? thresholds[e] : 0};
+      float *parts = partial.data(), *numbers = counts.data();  // thread_local: the threads that help have their own
       parallel(pool, chunks, [&](int64_t c) {
         const int64_t low = std::min(F, c * step);
-        ffn(low, std::min(F, low + step), parts + c * n * D);
+        ffn(low, std::min(F, low + step), parts + c * n * D, numbers + c * n);
       });
-      for (int64_t j = 0; j < n; ++j)
+      for (int64_t j = 0; j < n; ++j) {
         rows->collect(partial.data() + j * D, chunks, n * D, share[start + j], D, out->typed_data() + pick[j] * D);
+        for (int64_t c = 0; c < chunks; ++c) fired->typed_data()[pick[j]] += counts[c * n + j];
+      }
     }
   }
   return ffi::Error::Success();
@@ -339,6 +356,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_feed_forward, FeedForward,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_attend, Attend,
                               ffi::Ffi::Bind()

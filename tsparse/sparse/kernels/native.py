@@ -1,6 +1,6 @@
 """The kernels of kernels.cc as JAX functions: those of reference.py, for CPUs. `build.available` loads them.
 
-They run on one device. Where arrays are sharded, wrap a call in `jax.shard_map`: jit would gather them around it.
+They run on one device. sharded.py wraps a call where arrays are sharded: jit would gather them around it.
 """
 
 import ctypes
@@ -12,7 +12,9 @@ import numpy as np
 
 from tsparse.activations import Activation
 from tsparse.sparse.kernels import reference
-from tsparse.sparse.kernels.reference import MODES, Neurons, Predictor
+from tsparse.sparse.kernels.reference import MODES, Neurons, Predictor, place
+
+__all__ = ["attend", "feed_forward", "linear", "load", "place", "read"]
 
 Array = jax.Array
 HANDLERS = ("tsparse_linear", "tsparse_feed_forward", "tsparse_attend", "tsparse_read")
@@ -29,14 +31,14 @@ def load(path: Path):
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(shared, name)), platform="cpu")
 
 
-def _call(name: str, shape: tuple[int, ...], *args: Array, level: int, **attributes) -> Array:
-  out = jax.ShapeDtypeStruct(shape, jnp.float32)
+def _call(name: str, shapes: list[tuple[int, ...]], *args: Array, level: int, **attributes) -> list[Array]:
+  out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   return jax.ffi.ffi_call(name, out)(*args, level=np.int64(level), **attributes)
 
 
 def linear(x: Array, w: Array, level: int = BEST) -> Array:
   """See reference.linear."""
-  return _call("tsparse_linear", (x.shape[0], w.shape[0]), x, w, level=level)
+  return _call("tsparse_linear", [(x.shape[0], w.shape[0])], x, w, level=level)[0]
 
 
 def feed_forward(
@@ -48,19 +50,21 @@ def feed_forward(
   neurons: Neurons,
   predictor: Predictor | None = None,
   level: int = BEST,
-) -> Array:
+) -> tuple[Array, Array]:
   """See reference.feed_forward. The results of "exact" are those of "off", bit for bit, if all weights are finite."""
   name, _, parameter = activation.name.partition(":")
   extra = () if predictor is None else (predictor.x, predictor.fc1, predictor.fc2)
-  return _call(
+  extra += () if predictor is None or predictor.threshold is None else (predictor.threshold,)
+  out, fired = _call(
     "tsparse_feed_forward",
-    x.shape,
+    [x.shape, x.shape[:1]],
     *(x, chosen, weights, *neurons, *extra),
     level=level,
     activation=np.int64(ACTIVATIONS.index(name)),
     parameter=np.float32(parameter or 0),
     mode=np.int64(MODES.index(mode)),
   )
+  return out, fired
 
 
 def attend(
@@ -78,7 +82,7 @@ def attend(
     return reference.attend(query, key, value, positions, window, scale, cap)
   args = query[:, 0], key, value, positions[:, 0]
   attributes = {"window": np.int64(window), "scale": np.float32(scale), "cap": np.float32(cap)}
-  return _call("tsparse_attend", args[0].shape, *args, level=level, **attributes)[:, None]
+  return _call("tsparse_attend", [args[0].shape], *args, level=level, **attributes)[0][:, None]
 
 
 def read(data: Array, level: int = BEST) -> Array:

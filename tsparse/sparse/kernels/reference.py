@@ -31,11 +31,20 @@ class Neurons(NamedTuple):
 
 
 class Predictor(NamedTuple):
-  """One predictor for each expert (models/predictor.py), fc1 [E, R, D] and fc2 [E, F, R], and their input x [n, D]."""
+  """One predictor for each expert (models/predictor.py), fc1 [E, R, D] and fc2 [E, F, R], and their input x [n, D].
+
+  Logits must exceed `threshold` [E] float32; None is 0.
+  """
 
   fc1: Array
   fc2: Array
   x: Array
+  threshold: Array | None = None
+
+
+def place(neurons: Neurons) -> Neurons:
+  """The weights in the shape that the kernels read; a module of kernels has its own, or this one."""
+  return neurons
 
 
 def linear(x: Array, w: Array) -> Array:
@@ -51,7 +60,7 @@ def feed_forward(
   weights: Array,
   neurons: Neurons,
   predictor: Predictor | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
   """sum over the chosen experts e of weight_e down_e(act(gate_e x, up_e x)), the hidden masked by a predictor if given.
 
   Args:
@@ -64,27 +73,30 @@ def feed_forward(
     predictor: optional.
 
   Returns:
-    [n, D] float32.
+    [n, D] float32, and [n] float32: entries of the hidden that are not zero, over the chosen experts.
   """
   del mode
 
-  def add(out: Array, expert: tuple) -> tuple[Array, None]:
+  def add(total: tuple[Array, Array], expert: tuple) -> tuple[tuple[Array, Array], None]:
     index, (gate, up, down), fc = expert
     weight = jnp.sum(weights, axis=-1, where=chosen == index)  # [n]
+    here = jnp.any(chosen == index, axis=-1)  # [n]
 
-    def compute(out: Array) -> Array:
+    def compute(out: Array, fired: Array) -> tuple[Array, Array]:
       predicted = None
       if fc is not None:
-        fc1, fc2 = (w.astype(jnp.float32) for w in fc)
-        predicted = predict(predictor.x[None], fc1.T, fc2.T)[0]  # [n, F]
+        *fc1_fc2, threshold = fc
+        fc1, fc2 = (w.astype(jnp.float32) for w in fc1_fc2)
+        predicted = predict(predictor.x[None], fc1.T, fc2.T, threshold)[0]  # [n, F]
       hidden = gated_hidden(linear(x, gate), linear(x, up), activation, predicted, None)
-      return out + weight[:, None] * jnp.einsum("nf,fd->nd", hidden, down.astype(jnp.float32), precision="highest")
+      out += weight[:, None] * jnp.einsum("nf,fd->nd", hidden, down.astype(jnp.float32), precision="highest")
+      return out, fired + here * jnp.sum(hidden != 0, axis=1, dtype=jnp.float32)
 
-    return jax.lax.cond(jnp.any(chosen == index), compute, lambda out: out, out), None
+    return jax.lax.cond(jnp.any(here), compute, lambda *total: total, *total), None
 
-  fc = None if predictor is None else (predictor.fc1, predictor.fc2)
+  fc = None if predictor is None else (predictor.fc1, predictor.fc2, predictor.threshold)
   experts = jnp.arange(neurons.gate.shape[0]), neurons, fc
-  return jax.lax.scan(add, jnp.zeros_like(x), experts)[0]
+  return jax.lax.scan(add, (jnp.zeros_like(x), jnp.zeros(len(x))), experts)[0]
 
 
 def attend(

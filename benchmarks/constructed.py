@@ -36,6 +36,7 @@ class Shape:
 
 KNOWN = {
   "mistral": Shape("mistral_7b", firing=2, gates=0.316, rank=1260),
+  "mistral_512": Shape("mistral_7b", firing=2, gates=0.316, rank=512),
   "mixtral": Shape("mixtral_8x7b", firing=3, gates=0.387, rank=1036),
   "tiny": Shape("tiny", firing=2, gates=0.316, rank=24),  # says nothing about speed: for tests, as the next
   "tiny_moe": Shape("tiny_moe", firing=3, gates=0.387, rank=24),

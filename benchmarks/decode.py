@@ -242,6 +242,7 @@ def draw(results: list[dict[str, Any]], path: Path):
     axes.hlines(limits, [i - 0.4 for i in range(len(bars))], [i + 0.4 for i in range(len(bars))], colors="C3", lw=2)
     axes.set_title(f"{result['shape']}, {result['layers']} layers, embedding and head", fontsize=10)
     axes.tick_params(axis="x", labelsize=8)
+    axes.margins(y=0.1)
     axes.set_ylabel("ms a token, batch 1")
     axes.spines[["top", "right"]].set_visible(False)
   figure.text(0.5, 0.01, "red: its bytes at the measured bandwidth; x: speed over our dense", ha="center", fontsize=9)

@@ -69,17 +69,24 @@ def bytes_touched(shape: Any, config: Any, length: int) -> dict[str, float]:
   return {mode: config.num_layers * (attention + router + chosen * ffn) for mode, ffn in read.items()}
 
 
-def steppers(config: Any, params: dict[str, Any], kernels: str, length: int) -> dict[str, Callable[[int, bool], int]]:
-  """Mode -> function of (token, with the head) that decodes one more token and returns the next (0 without)."""
+def steppers(
+  sparsity: Any, config: Any, params: dict[str, Any], kernels: str, length: int
+) -> dict[str, Callable[[int, bool], int]]:
+  """Mode -> function of (token, with the head) that decodes one more token and returns the next (0 without).
+
+  It fails where other than the stated share of any layer's neurons fired, since bytes are counted by that.
+  """
   import jax
   import jax.numpy as jnp
 
-  from tsparse.sparse.decode import empty_cache, hidden_states
+  from tsparse.sparse.decode import empty_cache, hidden_entries, hidden_states
   from tsparse.sparse.generate import forward
 
   @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
   def layers_only(config, modes, params, cache, tokens, start):
     return hidden_states(config, kernels, modes, params, cache, tokens, start[:, None], jnp.ones((1, 1), bool))
+
+  entries = np.array(hidden_entries(config))
 
   def stepper(mode: str) -> Callable[[int, bool], int]:
     model = (config, params) if mode == "predictor" else without_predictors(config, params)
@@ -89,10 +96,13 @@ def steppers(config: Any, params: dict[str, Any], kernels: str, length: int) -> 
     def step(token: int, head: bool) -> int:
       tokens, start = np.full((1, 1), token, np.int32), np.full(1, state["at"], np.int32)
       if head:
-        logits, state["cache"], _ = forward(
+        logits, state["cache"], fired = forward(
           model[0], kernels, modes, model[1], state["cache"], tokens, start, start + 1
         )
         state["at"] += 1
+        share = np.asarray(fired) / entries
+        if not np.allclose(share, sparsity.share, rtol=0.1):
+          raise AssertionError(f"{mode}: {share} of the layers' neurons fire, and {sparsity.share} are to")
         return int(jnp.argmax(logits[0]))
       hidden, state["cache"], _ = layers_only(model[0], modes, model[1], state["cache"], tokens, start)
       hidden.block_until_ready()
@@ -127,7 +137,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
 
   shape = KNOWN[name]
   config, params = decoder_of(shape, layers)
-  steps = steppers(config, params, "native", max(64, 1 << tokens.bit_length()))
+  steps = steppers(shape, config, params, "native", max(64, 1 << tokens.bit_length()))
   read, read_bytes = bandwidth_reader(params)
   seconds = {head: dict.fromkeys(MODES, float("inf")) for head in (False, True)}
   best, current, said = float("inf"), dict.fromkeys(MODES, 1), {mode: [] for mode in MODES}

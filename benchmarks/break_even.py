@@ -12,6 +12,7 @@ each over the dense one just before, since other load changes from run to run; t
 what --sparse=auto goes by: they are copied to tsparse/sparse/break_even.py.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where the kernels run; with libtpu JAX would look for a TPU
 
 from absl import flags
 

@@ -2,7 +2,8 @@
 
 A token's class, which channels of its embedding say, decides which share of the neurons fires; the gate alone is
 positive for more, at random; the predictors, of the rank published for the model, read the class. All else in them is
-noise, read and multiplied like any weight. So the sparsity is what it is said to be and the predictors are right.
+noise, read and multiplied like any weight. So the sparsity is what it is said to be and the predictors are right. What
+the layers add stays a fraction of the embedding, or the class would fade with depth, and more and more neurons fire.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class Shape:
 
 KNOWN = {
   "mistral": Shape("mistral_7b", firing=2, gates=0.316, rank=1260),
+  "mistral_512": Shape("mistral_7b", firing=2, gates=0.316, rank=512),
   "mixtral": Shape("mixtral_8x7b", firing=3, gates=0.387, rank=1036),
   "tiny": Shape("tiny", firing=2, gates=0.316, rank=24),  # says nothing about speed: for tests, as the next
   "tiny_moe": Shape("tiny_moe", firing=3, gates=0.387, rank=24),
@@ -82,7 +84,7 @@ def decoder_of(shape: Shape, layers: int) -> tuple[ModelConfig, dict[str, Any]]:
     return w
 
   def down() -> np.ndarray:
-    w = noise(0.1 * width**-0.5, width, dim)
+    w = noise(0.02 / layers * width**-0.5, width, dim)[:, ::-1]  # in another order than gate, which would hear an echo
     w[:, loud] = 0
     return w
 
@@ -103,7 +105,7 @@ def decoder_of(shape: Shape, layers: int) -> tuple[ModelConfig, dict[str, Any]]:
   def layer() -> dict[str, Any]:
     made = {name: jnp.ones(dim) for name in ("attention_norm", "ffn_norm")}
     made["qkv"] = put(*noise(unit, heads + 2 * kv_heads, dim))
-    out = noise(0.1 * unit, dim, heads)
+    out = noise(0.1 / layers * unit, dim, heads)
     out[loud] = 0
     made["out"] = put(*out)
     gates, ups = (put(*[rows(base, lift)] * experts) for base, lift in ((cold, 6.0), (-6.0, 12.0)))
@@ -113,7 +115,7 @@ def decoder_of(shape: Shape, layers: int) -> tuple[ModelConfig, dict[str, Any]]:
       made["router"] = jnp.asarray(noise(unit, dim, experts).astype(np.float32))
     return made
 
-  embed = noise(1.0, config.vocab_size, dim)
+  embed = np.roll(noise(1.0, config.vocab_size, dim), 1, axis=1)  # no row is one of gate's
   embed[:, loud] = 0
   embed[:, 0] = LOUD
   embed[np.arange(config.vocab_size), 1 + np.arange(config.vocab_size) % CLASSES] = LOUD

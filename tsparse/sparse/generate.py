@@ -1,6 +1,6 @@
 """Generation: a stored model, prompts and how to sample -> text, streamed.
 
-decoder = load(Path("runs/mine"), sparse="exact")        # or "predictor", with those beside the model or `predictors`
+decoder = load(Path("runs/mine"), sparse="exact")         # or "predictor": those beside the model, or `predictors`
 for tokens in stream(decoder, [[1, 45, 7], [1, 9]], new_tokens=32): ...      # ids, a token of each row at a time
 completions = complete(decoder, ["Once upon", "The"], Request(new_tokens=32))     # text
 """
@@ -141,10 +141,10 @@ def choose_modes(config: ModelConfig, kernels: str, zeros: Sequence[float], batc
 
 
 def find_predictors(model: Model, sparse: str, given: Path | None) -> stored.Predictors | None:
-  """The predictors to merge into a model: those given, else those beside one that holds none itself.
+  """The predictors to merge into a model: those given, else for `predictor` those beside one that holds none itself.
 
   They become a part of it, a neuron that they miss is zero in every mode: so `off` and `exact` take none, and `auto`
-  takes those beside the model where less is read with them than by `exact`.
+  only those given, since a folder beside a model is not to change what it says.
 
   Raises:
     UserError: they are given and `sparse` takes none, or they are not this model's.
@@ -153,10 +153,10 @@ def find_predictors(model: Model, sparse: str, given: Path | None) -> stored.Pre
     if given is not None:
       raise UserError(f"--predictors={given} is of no use with --sparse={sparse}: leave one of them out.")
     return None
-  folder = given or (None if model.config.predictor_ranks else stored.beside(model.path))
-  found = None if folder is None else stored.load(folder, model)
-  worth = found is not None and (given or sparse != "auto" or found.read["predictor"] < found.read["exact"])
-  return found if worth else None
+  if given is None and (sparse == "auto" or model.config.predictor_ranks):
+    return None
+  folder = given or stored.beside(model.path)
+  return None if folder is None else stored.load(folder, model)
 
 
 def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | None = None) -> Decoder:
@@ -166,7 +166,7 @@ def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | N
     path: the folder.
     sparse: one of SPARSE.
     dtype: of the weights in memory, float32 or bfloat16; "" is as stored.
-    predictors: a folder of experiments/predictors.py; None for `predictors` beside the model, if it is there.
+    predictors: a folder of experiments/predictors.py; None for the one beside the model, where `sparse` is predictor.
 
   Raises:
     UserError: no such model, or `sparse`, `dtype` or `predictors` do not fit it.

@@ -21,7 +21,7 @@ MODEL = flags.DEFINE_string("model", None, "A workdir of ours or a Hugging Face 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be repeated.")
 NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens generated at most.", lower_bound=1)
 SPARSE = flags.DEFINE_string("sparse", "auto", "Which neurons are read: off (all), exact, predictor, or auto.")
-PREDICTORS = flags.DEFINE_string("predictors", None, "Folder of predictors. Default: MODEL/predictors for --sparse=predictor.")
+PREDICTORS = flags.DEFINE_string("predictors", None, "Their folder. Default: MODEL/predictors with --sparse=predictor.")
 DTYPE = flags.DEFINE_string("dtype", "", "Of the weights in memory: float32 or bfloat16. Default: as stored.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0: all.")

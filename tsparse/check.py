@@ -13,11 +13,12 @@ from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.moe import ONLY_ON
 from tsparse.models.transformer import remat_policy
+from tsparse.recipes.recipe import DENSE, recipe_of
 from tsparse.train import memory
 from tsparse.train.loop import prepare
 from tsparse.train.step import ROUTER_LOSSES
 
-SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "mesh", "analysis")
+SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "sparsity", "mesh", "analysis")
 POSITIVE = (
   "steps", "batch_size", "seq_len", "microbatches", "learning_rate", "clip_norm", "log_every", "checkpoint_every",
   "keep_checkpoints", "eval_every", "eval_batches",
@@ -47,6 +48,7 @@ def check(config: ml_collections.ConfigDict):
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
+  check_recipe(config)
   check_data(config.data, config.model.vocab_size)
 
 
@@ -103,8 +105,46 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
   rows_per_lane(settings.batch_size, data_settings(config.data).lanes)
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
-  target = prepare(config, mesh).target
-  return memory.training_bytes(model, target, rows_per_device, settings.seq_len, platform, mesh.shape)
+  run = prepare(config, mesh)
+  own = run.teacher and run.teacher.own(run.own)
+  return memory.training_bytes(model, run.target, rows_per_device, settings.seq_len, platform, mesh.shape, own)
+
+
+def check_recipe(config: ml_collections.ConfigDict):
+  """Raises UserError where the recipe needs a start, or a teacher, that is not there or is another."""
+  recipe, train, sparsity = recipe_of(config), config.train, config.sparsity
+  starts = config.init or "base" in config
+  before = open_model(Path(config.init)).config.activation if config.init else config.get("base", {}).get("activation")
+  for name in ("swap_until", "start"):
+    if sparsity[name] and not starts:
+      raise UserError(f"config.sparsity.{name} is {sparsity[name]!r} and there is no config.init to swap the activation of.")
+  if sparsity.swap_until and before != DENSE:
+    raise UserError(f"config.sparsity.swap_until is {sparsity.swap_until} and config.init is {before}, not {DENSE}.")
+  if not recipe.teacher:
+    return
+  if not train.distill_teacher:
+    if not starts:
+      raise UserError(
+        "config.train.distill_weight or match_until is set and there is no teacher: give a config.init, or a "
+        "config.train.distill_teacher."
+      )
+    return
+  teacher = open_model(Path(train.distill_teacher))
+  if teacher.config.vocab_size != config.model.vocab_size or not same_tokenizer(
+    load_tokenizer(teacher.vocabulary), load_tokenizer(config.data.vocabulary)
+  ):
+    raise UserError(
+      f"config.train.distill_teacher {train.distill_teacher} has another vocabulary ({teacher.vocabulary!r}, "
+      f"{teacher.config.vocab_size} ids) than the model ({config.data.vocabulary!r}, {config.model.vocab_size} ids): its "
+      "logits are of other tokens; take a teacher with the same tokenizer."
+    )
+  shape = [getattr(each, name) for name in ("num_layers", "d_model", "num_experts", "dense_layers")
+           for each in (teacher.config, model_config(config))]  # fmt: skip
+  if recipe.match_steps and shape[::2] != shape[1::2]:
+    raise UserError(
+      f"config.train.match_until is set and config.train.distill_teacher {train.distill_teacher} is of another shape: "
+      "FFNs are matched layer by layer; set it to 0."
+    )
 
 
 def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platform: str):

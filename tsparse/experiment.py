@@ -24,9 +24,10 @@ from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, ev
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.progress import warn
+from tsparse.recipes.recipe import recipe_of
 from tsparse.stages import Stage, describe_phase, phases_of, stages_of
 from tsparse.train import checkpoint, resume
-from tsparse.train.loop import train
+from tsparse.train.loop import Source, train
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
@@ -68,8 +69,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
       held_out, by_source = texts[stage.name]
       quick = held_out.batches[: stage.config.train.eval_batches]
       quick_by_source = {name: each.batches[:1] for name, each in by_source.items()}
-      restore = functools.partial(restore_init, stage.init, stage.folder, console) if stage.init else None
-      train(stage.config, stage.folder, mesh, quick, console, stage.title, restore, quick_by_source)
+      init = stage.init and source_of(stage, console)
+      teacher = stage.init and teacher_of(stage, init)
+      train(stage.config, stage.folder, mesh, quick, console, stage.title, init, quick_by_source, teacher)
       seconds[stage.title] = round(time.monotonic() - began, 1)
     began = time.monotonic()
     analysis = analyze_stages(stages, texts, mesh, console)
@@ -80,6 +82,22 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   print_table(analysis, console)
   console.print(f"report  {workdir / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
   return analysis
+
+
+def source_of(stage: Stage, console: Console) -> Source:
+  """What the stage starts from."""
+  restore = functools.partial(restore_init, stage.init, stage.folder, console)
+  return Source(restore, open_model(stage.init).config)
+
+
+def teacher_of(stage: Stage, init: Source) -> Source | None:
+  """Whom the stage's recipe learns from, if there is one: the model that it starts from, unless the config names one."""
+  if not recipe_of(stage.config).teacher:
+    return None
+  if path := stage.config.train.distill_teacher:
+    teacher = open_model(Path(path))
+    return Source(teacher.restore, teacher.config)
+  return init
 
 
 def restore_init(init: Path, workdir: Path, console: Console, target: Any) -> tuple[Any, int]:
@@ -147,6 +165,9 @@ def analyze_stages(
     start = open_init(main.init, main.folder)
     before = start.config.activation
     cases = [("base", start, before, config.analysis.levels)]
+    if control := control_folder(main):
+      kept = open_model(control)
+      cases.append(("control", kept, kept.config.activation, config.analysis.levels))
     if before != model.activation:
       cases.append(("swapped", start, model.activation, ()))
     name = "recovered" if before != model.activation else "trained"
@@ -177,6 +198,13 @@ def analyze_stages(
   )
   drawn = {phase.name: accounts_at(checkpoint.data_position(phase.folder)) for phase in phases}
   return analysis | {"sources": accounts_at(checkpoint.data_position(main.folder)), "phases": drawn}
+
+
+def control_folder(main: Stage) -> Path | None:
+  """Where the control of an experiment is, if it has one."""
+  if "control" not in main.config:
+    return None
+  return Path(main.config.control.workdir) if main.config.control.workdir else main.folder / "control"
 
 
 def text_name(data: ml_collections.ConfigDict) -> str:

@@ -54,7 +54,8 @@ def compile_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
   batch = {name: row for name in KEYS}
   start = time.monotonic()
   with jax.set_mesh(mesh):
-    lowered = compiled_step(run, config).lower(run.target, batch)
+    own = (run.teacher.own(run.own),) if run.teacher else ()
+    lowered = compiled_step(run, config).lower(run.target, batch, *own)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

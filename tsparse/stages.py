@@ -1,4 +1,8 @@
-"""What an experiment trains, one stage after the other: its base, if it has one; itself; the phases that follow.
+"""What an experiment trains, one stage after the other: its base and its control, if it has them; itself; its phases.
+
+`config.control` is what the experiment is compared with: the same start, tokens, batches and schedule, with the start's
+activation kept and no recipe. Other values of `train` may be stated in it (the best learning rate is another), and
+`workdir`, of a control that another run has trained, is read in its place.
 
 `config.phases.order` names the phases in their order (a ConfigDict keeps none), and `config.phases.NAME` states the
 fields of `data` and `train` in which one differs from the config, and how long it is: `train.steps`, or `tokens`, which
@@ -21,7 +25,11 @@ from typing import Any
 
 import ml_collections
 
+from tsparse.convert.model import open_model
 from tsparse.errors import UserError
+from tsparse.recipes import recipe
+
+RESERVED = ("base", "control", "main")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Stage:
   """A training that is part of an experiment.
 
   Attributes:
-    name: "base", "main" or that of a phase.
+    name: "base", "control", "main" or that of a phase.
     config: a whole experiment of its own.
     folder: its workdir.
     init: the model it starts from; None for random parameters.
@@ -53,6 +61,8 @@ def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
   if base:
     init = workdir / "base"
     found.append(Stage("base", base, init, None, f"base ({base.activation})", "config.base: "))
+  if "control" in config and not config.control.workdir:
+    found.append(control_of(config, workdir, init))
   found.append(Stage("main", config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})"))
   for name in phase_names(config):
     folder, place = workdir / "phases" / name, f"config.phases.{name}"
@@ -63,14 +73,24 @@ def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
 
 def phases_of(stages: Sequence[Stage]) -> list[Stage]:
   """Those that follow the main one."""
-  return [stage for stage in stages if stage.name not in ("base", "main")]
+  return [stage for stage in stages if stage.name not in RESERVED]
+
+
+def control_of(config: ml_collections.ConfigDict, workdir: Path, init: Path | None) -> Stage:
+  """The control of an experiment, in WORKDIR/control; UserError where it makes no sense."""
+  if init is None:
+    raise UserError("config.control: there is no config.init and no config.base that the control could start from.")
+  control = recipe.plain(_alone(config, "control"))
+  control.activation = config.base.activation if not config.init else open_model(Path(config.init)).config.activation
+  control.train.update(config.control.train)
+  return Stage("control", control, workdir / "control", init, f"control ({control.activation})", "config.control: ")
 
 
 def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
   """The experiment that trains the base of a ReLUfication, or None when there is an init or no base to train."""
   if "base" not in config or config.init:
     return None
-  base = _alone(config, "base")
+  base = recipe.plain(_alone(config, "base"))
   base.activation = config.base.activation
   base.train.update(config.base.train)
   return base
@@ -86,8 +106,8 @@ def phase_names(config: ml_collections.ConfigDict) -> list[str]:
     known = ", ".join(sorted(key for key in phases if key != "order")) or "none"
     if name == "order" or not isinstance(phases.get(name), ml_collections.ConfigDict):
       raise UserError(f"config.phases.order names {name!r}, which config.phases does not state (it states {known}).")
-    if not name.isidentifier() or name in ("base", "main"):
-      raise UserError(f"config.phases.{name}: the name of a phase is letters, digits and _, and not base or main.")
+    if not name.isidentifier() or name in RESERVED:
+      raise UserError(f"config.phases.{name}: the name of a phase is letters, digits and _, not {', '.join(RESERVED)}.")
     if names.count(name) > 1:
       raise UserError(f"config.phases.order names {name!r} twice: give a phase that is to come again another name.")
   return names
@@ -96,7 +116,7 @@ def phase_names(config: ml_collections.ConfigDict) -> list[str]:
 def phase_config(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
   """A phase as an experiment of its own: `config` with the fields that the phase states; UserError for a bad one."""
   stated, place = config.phases[name], f"config.phases.{name}"
-  phase = _alone(config, name)
+  phase = recipe.without_start(_alone(config, name))
   phase.init = ""
   for section, fields in stated.items():
     if section == "tokens":
@@ -135,7 +155,7 @@ def _alone(config: ml_collections.ConfigDict, name: str) -> ml_collections.Confi
   alone = copy.deepcopy(config)
   alone.name = f"{config.name} {name}"
   with alone.unlocked():
-    for other in ("base", "phases"):
+    for other in ("base", "control", "phases"):
       if other in alone:
         del alone[other]
   return alone

@@ -4,7 +4,7 @@ They are taken on the hidden `act(gate, up)`, the tensor that `down` reads, neve
 take numpy and JAX arrays alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,11 +30,14 @@ class HiddenCounts:
     routed: [..., E] float32, tokens that reached the expert (padding never counts).
     by_token: [..., B, T] float32, entries of each token's hidden, of all experts it reached, that were not exactly zero
       (0 on padding); None where it was not asked for.
+    penalty: [..., E] float32, sum over those tokens of the intervention's penalty of their hidden; None where it has
+      none. It alone has a gradient.
   """
 
   fired: Array
   routed: Array
   by_token: Array | None = None
+  penalty: Array | None = None
 
 
 # The counts of a model by kind of FFN: "ffn" those of all layers, or the routed experts; "shared" the shared experts
@@ -55,6 +58,19 @@ def count_fired(hidden: Array, counted: Array) -> Array:
 def count_fired_by_token(hidden: Array, counted: Array) -> Array:
   """[B, T] float32: for each token its non-zero hidden entries. Arguments as for `count_fired`."""
   return jnp.sum((hidden != 0) & counted[..., None], axis=tuple(range(2, hidden.ndim)), dtype=jnp.float32)
+
+
+def sum_penalty(penalty: Callable[[Array], Array], hidden: Array, counted: Array) -> Array:
+  """[...] float32: sum over the tokens and neurons of penalty(hidden). Arguments as for `count_fired`."""
+  return jnp.sum(penalty(hidden).astype(jnp.float32), axis=(0, 1, -1), where=counted[..., None])
+
+
+def penalty_per_layer(counts: ModelCounts) -> Array:
+  """[L]: the penalties of each layer, those of a shared expert and of the routed ones added up."""
+  layers = counts["ffn"].penalty.sum(1)
+  if "shared" in counts:
+    layers += counts["shared"].penalty.sum(1)
+  return layers if "first" not in counts else jnp.concatenate([counts["first"].penalty.sum(1), layers])
 
 
 def zero_fraction(counts: HiddenCounts) -> Array:

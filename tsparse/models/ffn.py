@@ -5,14 +5,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token
+from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token, sum_penalty
 from tsparse.models.layers import project
 from tsparse.sharding import constrain
 
 Array = jax.Array
 # What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but expert,
 # int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks. It may also have a
-# method `on_input`, which changes what gate and up read (`ffn_input`).
+# method `on_input`, which changes what gate and up read (`ffn_input`), an attribute `penalty`, a function of the hidden
+# whose sums are counted (`penalty_of`), and an attribute `elementwise`, true where no entry depends on others of its row.
 Intervention = Callable[[Array, Array, Array, Array | None], Array]
 
 
@@ -20,6 +21,11 @@ def ffn_input(x: Array, intervene: Intervention | None) -> Array:
   """What gate and up read of x [B, T, D], the same for all experts: intervene.on_input(x) if there is such a method."""
   on_input = getattr(intervene, "on_input", None)
   return x if on_input is None else on_input(x)
+
+
+def penalty_of(intervene: Intervention | None) -> Callable[[Array], Array] | None:
+  """hidden [..., F] -> the penalty of each entry, if the intervention has one."""
+  return getattr(intervene, "penalty", None)
 
 
 def gated_hidden(
@@ -70,5 +76,6 @@ def feed_forward(
     fired=count_fired(hidden, valid)[None],
     routed=jnp.sum(valid, dtype=jnp.float32)[None],
     by_token=count_fired_by_token(hidden, valid) if by_token else None,
+    penalty=sum_penalty(penalty, hidden, valid)[None] if (penalty := penalty_of(intervene)) else None,
   )
   return project("btf,fd->btd", hidden, down), counts

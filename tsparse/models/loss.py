@@ -1,6 +1,7 @@
 """Cross-entropy of next-token predictions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +44,50 @@ def head_cross_entropy(hidden: Array, head: Array, targets: Array, cap: float = 
   Returns:
     Negative log-likelihood and log Z, both [B, T] float32.
   """
-  time = targets.shape[1]
+
+  def block(head, x, target):
+    logits = block_logits(head, x, cap)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - logit_of(logits, target), log_z
+
+  # [V, D]: CPUs multiply tall matrices faster than wide ones where the gradient is taken
+  return by_blocks(block, head.T, (hidden, "BTD"), (targets, "BT"))
+
+
+def by_blocks(block: Callable, heads: Any, *arrays: tuple[Array, str]) -> Any:
+  """block(heads, *parts) of one of BLOCKS blocks of T after the other, computed again in the backward pass.
+
+  Args:
+    block: pure; returns a tree of arrays [B, T / BLOCKS, ...].
+    heads: a tree that all blocks read.
+    arrays: [B, T, ...] each, with the letters of its axes.
+
+  Returns:
+    The tree of `block` with [B, T, ...].
+  """
+  time = arrays[0][0].shape[1]
   width = -(-time // BLOCKS)
 
   def blocks(x, axes):  # [B, T, ...] -> [blocks, B, T / blocks, ...], T padded
     x = jnp.pad(x, [(0, 0), (0, -time % width)] + [(0, 0)] * (x.ndim - 2))
     return constrain(x.reshape(x.shape[0], -1, width, *x.shape[2:]).swapaxes(0, 1), "L" + axes)
 
-  def block(head, x, target):
-    logits = project("btd,vd->btv", x, head.astype(x.dtype), jnp.float32)
-    logits = constrain(softcap(logits, cap), "BTV")
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A sum and not a gather, which would collect a V that is split over devices, and whose gradient is a scatter.
-    hit = target[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    return log_z - jnp.sum(logits, axis=-1, where=hit), log_z
-
   block = jax.checkpoint(block, prevent_cse=False)
-  xs = blocks(hidden, "BTD"), blocks(targets, "BT")
-  # [V, D]: CPUs multiply tall matrices faster than wide ones where the gradient is taken
-  _, losses = jax.lax.scan(lambda h, xs: (h, block(h, *xs)), head.T, xs)
-  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :time], losses)
+  xs = tuple(blocks(*array) for array in arrays)
+  _, found = jax.lax.scan(lambda h, xs: (h, block(h, *xs)), heads, xs)
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :time], found)
+
+
+def block_logits(head: Array, x: Array, cap: float) -> Array:
+  """softcap(x head), [B, T', V] float32, of a block x [B, T', D] and a head [V, D]."""
+  logits = project("btd,vd->btv", x, head.astype(x.dtype), jnp.float32)
+  return constrain(softcap(logits, cap), "BTV")
+
+
+def logit_of(logits: Array, target: Array) -> Array:
+  """The logit [B, T'] of each target [B, T'].
+
+  A sum and not a gather, which would collect a V that is split over devices, and whose gradient is a scatter.
+  """
+  hit = target[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+  return jnp.sum(logits, axis=-1, where=hit)

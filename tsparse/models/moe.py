@@ -21,9 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
-from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token
+from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token, sum_penalty
 from tsparse.models.dispatch import GROUP, Dispatch, at_home, gathered, sent
-from tsparse.models.ffn import Intervention, gated_hidden
+from tsparse.models.ffn import Intervention, gated_hidden, penalty_of
 from tsparse.models.grouped import grouped_matmul, membership
 from tsparse.models.predictor import predict, straight_through
 from tsparse.models.router import route
@@ -108,6 +108,7 @@ def moe_dense(
     fired=count_fired(hidden, routed),
     routed=jnp.sum(routed, axis=(0, 1), dtype=jnp.float32),
     by_token=count_fired_by_token(hidden, routed) if by_token else None,
+    penalty=sum_penalty(penalty, hidden, routed) if (penalty := penalty_of(intervene)) else None,
   )
   out = jnp.einsum("btef,efd->bted", hidden, experts.down)  # [B, T, E, D]
   return jnp.einsum("bted,bte->btd", out, weights.astype(x.dtype)), counts
@@ -158,7 +159,10 @@ def moe_grouped(
       predictors and Predictors(P(e, None, None), inner, by_row, None if predictors.threshold is None else P(e)),
       P(),
     ),
-    out_specs=(by_row, HiddenCounts(P(e, f), P(e), by_row if by_token else None)),
+    out_specs=(
+      by_row,
+      HiddenCounts(P(e, f), P(e), by_row if by_token else None, P(e) if penalty_of(intervene) else None),
+    ),
     check_vma=False,  # the grouped product's loops and kernels carry no such types
   )
   if predictors is not None:
@@ -216,10 +220,16 @@ def _grouped(
     here = experts.gate.shape[0]
     first = 0 if dispatch is at_home else jax.lax.axis_index(GROUP) * here
     expert = first + jnp.repeat(jnp.arange(here), sizes, total_repeat_length=slots.shape[0])  # [S]; of none: the last
-    hidden = _whole_rows(lambda *parts: intervene(*parts, expert), neurons, gate, up, hidden)
+    split = () if getattr(intervene, "elementwise", False) else neurons
+    hidden = _whole_rows(lambda *parts: intervene(*parts, expert), split, gate, up, hidden)
   member = membership(sizes, hidden.shape[0], hidden.dtype)  # [S, E]; 0 and 1 are exact
   fired = jnp.einsum("se,sf->ef", member, (hidden != 0).astype(member.dtype), preferred_element_type=jnp.float32)
   counts = HiddenCounts(fired=fired, routed=sizes.astype(jnp.float32))
+  penalty = penalty_of(intervene)
+  if penalty is not None:
+    slot = penalty(hidden).astype(jnp.float32).sum(-1)  # [S]
+    found = jnp.einsum("se,s->e", member.astype(jnp.float32), slot)
+    counts = counts.replace(penalty=jax.lax.psum(found, neurons) if neurons else found)
 
   out = deliver(grouped_matmul(hidden, experts.down, sizes)).reshape(x.shape)
   out = jax.lax.psum(out, neurons) if neurons else out

@@ -19,7 +19,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +181,14 @@ class FeedForward(nn.Module):
     return out + shared, {"ffn": counts, "shared": shared_counts["ffn"]}
 
 
+class FFNPass(NamedTuple):
+  """What the FFN of a layer read, as FeedForward's arguments call it, and what it gave, [B, T, D] each."""
+
+  x: Array
+  residual: Array
+  out: Array
+
+
 class Block(nn.Module):
   """One layer: x + attention(norm(x)), then x + ffn(norm(x)), each normed again before it is added if post_norms."""
 
@@ -198,7 +206,10 @@ class Block(nn.Module):
     interventions: Mapping[str, Intervention],
     jitter: Jitter | None,
   ) -> tuple[Array, dict[str, HiddenCounts]]:
-    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers)."""
+    """x [B, T, D] -> x [B, T, D] and the layer's counts (carry and output of the scan over layers).
+
+    The FFNPass is set aside in the collection "passes", for those who ask for it.
+    """
     config = self.config
     x = constrain(x, "BTD")
     normed = _norm(self, "attention_norm", x)
@@ -206,6 +217,9 @@ class Block(nn.Module):
     x = x + (_norm(self, "attention_post_norm", out) if config.post_norms else out)
     normed = _norm(self, "ffn_norm", x)
     out, counts = FeedForward(config, self.by_token, name="ffn")(normed, x, segment_ids > 0, interventions, jitter)
+    if self.is_mutable_collection("passes"):
+      seen = FFNPass(normed, x, out)
+      self.sow("passes", "of_ffn", seen, init_fn=lambda: None, reduce_fn=lambda _, seen: seen)
     if config.post_norms:
       out = _norm(self, "ffn_post_norm", out)
     return constrain(x + out, "BTD"), counts
@@ -216,7 +230,7 @@ def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Mo
   counts and the sums of the routers."""
   scanned = nn.scan(
     nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
-    variable_axes={"params": 0, "router": 0},
+    variable_axes={"params": 0, "router": 0, "passes": 0},
     split_rngs={"params": True},
     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
     length=length,
@@ -302,6 +316,35 @@ def split_interventions(config: ModelConfig, by_kind: Mapping[str, Any]) -> tupl
   return of_first, {kind: by_kind[kind] for kind in by_kind if kind != "first"}
 
 
+def final_hidden(
+  model: Transformer,
+  params: Any,
+  batch: Mapping[str, Array],
+  intervention: Any = None,
+  jitter: Jitter | None = None,
+  with_router: bool = False,
+) -> tuple[Array, ModelCounts, RouterSums | None]:
+  """What the head reads, [B, T, D] in the compute dtype, of a batch; arguments and the rest as for `token_losses`."""
+  inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+  mutable = ["router"] if with_router else []
+  (hidden, counts), aside = model.apply(
+    {"params": params}, *inputs, intervention, jitter, logits=False, mutable=mutable
+  )
+  return hidden, counts, aside["router"]["layers"]["ffn"]["sums"] if with_router else None
+
+
+def ffn_passes(model: Transformer, params: Any, batch: Mapping[str, Array]) -> tuple[Array, dict[str, FFNPass]]:
+  """`final_hidden` of a batch, and by stack of layers ("first", "layers") the FFNPass with a leading axis L."""
+  inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
+  (hidden, _), aside = model.apply({"params": params}, *inputs, logits=False, mutable=["passes"])
+  return hidden, {stack: of["of_ffn"] for stack, of in aside["passes"].items()}
+
+
+def head_of(model: Transformer, params: Any) -> Array:
+  """The output head, [D, V] float32."""
+  return params["embed"].T if model.config.tie_embeddings else params["head"]
+
+
 def token_losses(
   model: Transformer,
   params: Any,
@@ -323,14 +366,9 @@ def token_losses(
   Returns:
     -log p(target) and log Z, [B, T] float32 each, the counts of the hidden, and RouterSums with a leading axis L.
   """
-  inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
-  mutable = ["router"] if with_router else []
-  (hidden, counts), aside = model.apply(
-    {"params": params}, *inputs, intervention, jitter, logits=False, mutable=mutable
-  )
-  head = params["embed"].T if model.config.tie_embeddings else params["head"]  # [D, V]
-  nll, log_z = head_cross_entropy(hidden, head, batch["targets"], model.config.final_softcap)
-  return nll, log_z, counts, aside["router"]["layers"]["ffn"]["sums"] if with_router else None
+  hidden, counts, router = final_hidden(model, params, batch, intervention, jitter, with_router)
+  nll, log_z = head_cross_entropy(hidden, head_of(model, params), batch["targets"], model.config.final_softcap)
+  return nll, log_z, counts, router
 
 
 def remat_policy(name: str):

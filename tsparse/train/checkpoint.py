@@ -72,10 +72,15 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: bytes, tok
   chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state.params)
   arguments = ocp.args.Composite(
     params=ocp.args.StandardSave(state.params, save_args=chunks),
-    optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+    optimizer=ocp.args.StandardSave(_beside_parameters(state)),
     data=ocp.args.JsonSave({"iterator": base64.b64encode(data).decode(), "tokens_seen": tokens_seen}),
   )
   checkpoints.save(int(state.step), args=arguments)
+
+
+def _beside_parameters(state: TrainState) -> dict[str, Any]:
+  parts = {"step": state.step, "opt_state": state.opt_state}
+  return parts if state.memory is None else parts | {"memory": state.memory}
 
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -> tuple[TrainState, bytes, int]:
@@ -84,7 +89,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, target: TrainState) -
     step,
     args=ocp.args.Composite(
       params=ocp.args.StandardRestore(target.params),
-      optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": target.opt_state}),
+      optimizer=ocp.args.StandardRestore(_beside_parameters(target)),
       data=ocp.args.JsonRestore(),
     ),
   )

@@ -22,9 +22,13 @@ from tsparse.data import account_metrics, merge_positions, train_iterator
 from tsparse.data.iterator import TrainIterator
 from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
-from tsparse.models.config import model_config
+from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
 from tsparse.progress import ProgressLine, warn
+from tsparse.recipes import guards
+from tsparse.recipes import start as recipes_start
+from tsparse.recipes.recipe import DENSE, Recipe, recipe_of
+from tsparse.recipes.teacher import Teacher, teacher_of
 from tsparse.train import checkpoint, failure
 from tsparse.train.clock import Clock
 from tsparse.train.log import MetricWriter
@@ -35,16 +39,41 @@ from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
-Init = Callable[[Any], tuple[Any, int]]
+Restore = Callable[[Any], tuple[Any, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A stored model that training reads: where it starts, or its teacher.
+
+  Attributes:
+    restore: its parameters.
+    config: what it is, its own activation included.
+  """
+
+  restore: Restore
+  config: ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A model, its optimizer and where their arrays live; nothing is allocated yet."""
+  """A model, its optimizer and where their arrays live; nothing is allocated yet.
+
+  Attributes:
+    model: the decoder.
+    tx: its optimizer.
+    target: ShapeDtypeStructs with shardings.
+    recipe: None where there is none.
+    teacher: None where the recipe has none.
+    own: ShapeDtypeStructs of the parameters that the teacher alone has, with shardings.
+  """
 
   model: Transformer
   tx: optax.GradientTransformation
-  target: TrainState  # ShapeDtypeStructs with shardings
+  target: TrainState
+  recipe: Recipe | None = None
+  teacher: Teacher | None = None
+  own: Any = None
 
 
 @dataclasses.dataclass
@@ -57,9 +86,16 @@ class Start:
   tokens_seen: int
 
 
-def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
-  """Builds the model and the abstract state of `config` on `mesh`."""
+def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher: ModelConfig | None = None) -> Run:
+  """Builds the model and the abstract state of `config` on `mesh`.
+
+  Args:
+    config: the experiment.
+    mesh: the devices.
+    teacher: what the recipe's teacher is, if it has one; None for the model with the activation swiglu.
+  """
   model = Transformer(model_config(config))
+  recipe = recipe_of(config)
   shapes, logical = abstract_parameters(model)
   shardings = sharding.shardings(mesh, logical)
   tx = make_optimizer(config.train, shapes)
@@ -70,12 +106,26 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Run:
     opt_state=checkpoint.abstract(
       jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, shardings, replicated)
     ),
+    memory=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(recipe.init)
+    ),
   )
-  return Run(model, tx, target)
+  if not recipe.on:
+    return Run(model, tx, target)
+  if not recipe.teacher:
+    return Run(model, tx, target, recipe)
+  theirs = teacher or dataclasses.replace(model.config, activation=DENSE)
+  teacher = teacher_of(theirs, model.config, config.train.rules, shapes, not config.train.distill_teacher)
+  shapes, logical = abstract_parameters(teacher.model)
+  own = checkpoint.abstract(shapes, sharding.shardings(mesh, logical))
+  return Run(model, tx, target, recipe, teacher, own)
 
 
 def compiled_step(run: Run, config: ml_collections.ConfigDict) -> Callable:
-  """The jitted training step (state, batch) -> (state, metrics) of `config`; the state is given away."""
+  """The jitted training step (state, batch) -> (state, metrics) of `config`; the state is given away.
+
+  With a teacher it is (state, batch, parameters that are the teacher's own).
+  """
   settings = config.train
   step = make_train_step(
     run.model,
@@ -85,14 +135,21 @@ def compiled_step(run: Run, config: ml_collections.ConfigDict) -> Callable:
     router_jitter=settings.router_jitter,
     seed=config.seed,
     microbatches=settings.microbatches,
+    recipe=run.recipe,
+    teacher=run.teacher,
   )
   # of several hosts each must be able to read all of the metrics
   everywhere = (jax.tree.map(lambda x: x.sharding, run.target), run.target.step.sharding)
   return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 
-def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, int]:
-  """Step 0 and the tokens seen so far: parameters by `init`, or random when None; a fresh optimizer."""
+def initial_state(
+  run: Run, seed: int, init: Restore | None, ready: Callable[[Any, int], Any] = lambda params, _: params
+) -> tuple[TrainState, int]:
+  """Step 0 and the tokens seen so far: parameters by `init`, or random when None; a fresh optimizer.
+
+  `ready` is what is done to the parameters of an init, (parameters, tokens seen) -> parameters.
+  """
   tokens_seen = 0
   if init is None:
     make = jax.jit(
@@ -102,9 +159,37 @@ def initial_state(run: Run, seed: int, init: Init | None) -> tuple[TrainState, i
     params = make(jax.random.key(seed))
   else:
     params, tokens_seen = init(run.target.params)
+    params = ready(params, tokens_seen)
   make = jax.jit(run.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, run.target.opt_state))
   step = jax.device_put(np.zeros((), np.int32), run.target.step.sharding)
-  return TrainState(step=step, params=params, opt_state=make(params)), tokens_seen
+  memory = run.recipe and run.recipe.init()
+  memory = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), memory, run.target.memory)
+  return TrainState(step=step, params=params, opt_state=make(params), memory=memory), tokens_seen
+
+
+def made_ready(
+  run: Run, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, source: Source, params: Any, tokens_seen: int
+) -> Any:
+  """The parameters of an init as `config.sparsity.start` has them made ready, by the first rows training will read."""
+  steps = recipes_start.parse(config.sparsity.start)
+  if not steps or source.config.activation == config.activation:
+    return params
+  settings = config.train
+  data = train_iterator(
+    config.data,
+    seq_len=settings.seq_len,
+    batch_size=settings.batch_size,
+    seed=data_seed(config.seed, tokens_seen),
+    rows=sharding.local_rows(mesh, settings.batch_size),
+  )
+  rows = -(-recipes_start.TOKENS // settings.seq_len)
+  batches = [next(data) for _ in range(-(-rows // settings.batch_size))]
+  divisor = sharding.shard_count(mesh, "B")
+  rows = min(-(-rows // divisor) * divisor, settings.batch_size * len(batches))
+  batch = {name: np.concatenate([batch[name] for batch in batches])[:rows] for name in batches[0]}
+  old = Transformer(dataclasses.replace(run.model.config, activation=source.config.activation))
+  params = recipes_start.start(old, run.model, params, sharding.place(batch, mesh), steps)
+  return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.target.params)
 
 
 def begin(
@@ -112,7 +197,7 @@ def begin(
   workdir: Path,
   mesh: jax.sharding.Mesh,
   run: Run,
-  init: Init | None,
+  init: Source | None,
   warn: Callable[[str], None],
 ) -> Start:
   """The newest whole checkpoint of `workdir`, or step 0 where there is none."""
@@ -121,7 +206,8 @@ def begin(
   if found:
     step, state, tokens_seen = found.step, found.state, found.tokens_seen
   else:
-    step, (state, tokens_seen) = 0, initial_state(run, config.seed, init)
+    ready = functools.partial(made_ready, run, config, mesh, init)
+    step, (state, tokens_seen) = 0, initial_state(run, config.seed, init and init.restore, ready)
   data = train_iterator(
     config.data,
     seq_len=settings.seq_len,
@@ -141,8 +227,9 @@ def train(
   validation: Sequence[dict[str, np.ndarray]],
   console: Console,
   title: str,
-  init: Init | None = None,
+  init: Source | None = None,
   by_source: Mapping[str, Sequence[dict[str, np.ndarray]]] | None = None,
+  teacher: Source | None = None,
 ) -> None:
   """Trains what `config` says, resuming from the newest whole checkpoint of `workdir` if there is one.
 
@@ -155,6 +242,7 @@ def train(
     title: what progress calls this stage.
     init: gives the parameters to start from; None starts from random ones.
     by_source: the same as `validation` for each source of a mixture.
+    teacher: whom a recipe that has one learns from.
 
   Raises:
     RunFailure: the loss or the gradient is not finite, or the last checkpoint cannot be saved.
@@ -162,8 +250,11 @@ def train(
     UserError: there are checkpoints, and none is whole.
   """
   settings = config.train
-  run = prepare(config, mesh)
+  run = prepare(config, mesh, teacher and teacher.config)
   train_step = compiled_step(run, config)
+  if run.teacher:
+    own = run.teacher.own(teacher.restore(run.own)[0])
+    train_step = functools.partial(_with, train_step, own)
 
   tell = functools.partial(warn, console)
   start = begin(config, workdir, mesh, run, init, tell)
@@ -182,6 +273,10 @@ def train(
     f"{kept} Start again in a new --workdir with a lower --config.train.learning_rate or --config.train.clip_norm, or "
     "more warmup_steps."
   )
+
+
+def _with(train_step: Callable, own: Any, state: TrainState, batch: dict[str, jax.Array]) -> Any:
+  return train_step(state, batch, own)
 
 
 def run_steps(
@@ -205,6 +300,7 @@ def run_steps(
   clock = Clock()
   unread: dict[str, Any] = {}
   writer = MetricWriter(workdir, start.step, tell) if hosts.is_main() else None
+  dead_after, told = config.sparsity.dead_after, set()
 
   def log(step: int, metrics: dict[str, Any]):
     if writer:
@@ -222,6 +318,8 @@ def run_steps(
     if step % settings.log_every == 0 or step == settings.steps:
       facts = {"tokens_per_second": speed, "data_wait_fraction": clock.waited_fraction()}
       log(step, {"loss": loss, **metrics, **facts})
+      for sentence in guards.alarms(metrics, told, dead_after) if dead_after else ():
+        tell(f"step {step}: {sentence}")
     if slow:
       seconds, median = slow
       tell(f"step {step} took {seconds:.1f} s, {seconds / median:.0f} times the median of {median:.3g} s.")

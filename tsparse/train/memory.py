@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,13 @@ def activation_bytes(
 
 
 def training_bytes(
-  model: ModelConfig, target: TrainState, rows: int, seq_len: int, platform: str, mesh: Mapping[str, int]
+  model: ModelConfig,
+  target: TrainState,
+  rows: int,
+  seq_len: int,
+  platform: str,
+  mesh: Mapping[str, int],
+  teacher: Any = None,
 ) -> dict[str, int]:
   """Bytes per device: parameters, gradients, optimizer (exact, from their shardings) and activations (estimated).
 
@@ -66,6 +73,8 @@ def training_bytes(
     seq_len: T.
     platform: see `activation_bytes`.
     mesh: length of each of its axes.
+    teacher: what a teacher alone holds, abstract with shardings; its activations are those of no backward pass, and not
+      counted.
   """
 
   def held(tree):
@@ -77,7 +86,7 @@ def training_bytes(
     "gradients": parameters,
     "optimizer": held(target.opt_state),
     "activations": activation_bytes(model, rows * seq_len, seq_len, platform, mesh["tensor"], mesh["expert"]),
-  }
+  } | ({"teacher": held(teacher)} if teacher is not None else {})
 
 
 def device_bytes(devices: list[jax.Device]) -> int:

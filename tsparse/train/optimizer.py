@@ -1,12 +1,14 @@
 """AdamW with warm-up and cosine decay, clipped by global norm: the recipe of the paper (Turbo Sparse, section 5)."""
 
+import re
 from typing import Any
 
 import jax
 import ml_collections
 import optax
 
-from tsparse.sharding import match
+from tsparse.recipes import trained
+from tsparse.sharding import path_name
 
 NOT_DECAYED = r".*(norm|bias|threshold)"  # scales, biases, and thresholds of predictors, which have no gradient
 
@@ -24,16 +26,20 @@ def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
 
 def make_optimizer(train: ml_collections.ConfigDict, params: Any) -> optax.GradientTransformation:
   """The optimizer of `config.train` for parameters of the structure of `params` (arrays or shapes)."""
-  return optax.chain(
-    optax.clip_by_global_norm(train.clip_norm),
-    optax.adamw(
-      learning_rate(train),
-      b1=train.b1,
-      b2=train.b2,
-      weight_decay=train.weight_decay,
-      mask=match([(NOT_DECAYED, False), (r".*", True)], params),
-    ),
+  adamw = optax.adamw(
+    learning_rate(train),
+    b1=train.b1,
+    b2=train.b2,
+    weight_decay=train.weight_decay,
+    mask=decayed,
   )
+  found = trained.actions(trained.parse(train.rules), params)
+  return trained.only_trained(optax.clip_by_global_norm(train.clip_norm), adamw, found)
+
+
+def decayed(params: Any) -> Any:
+  """Tree of bool: which parameters (of those at hand) have weight decay."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: not re.fullmatch(NOT_DECAYED, path_name(path)), params)
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, replicated: Any) -> Any:

@@ -13,12 +13,18 @@ from tsparse.models.counts import (
   dead_neurons,
   expert_load_entropy,
   model_zero_fraction,
+  penalty_per_layer,
   zero_fraction,
   zero_fraction_per_layer,
 )
 from tsparse.models.loss import scored
 from tsparse.models.router import Jitter, router_balance_loss, router_z_loss
-from tsparse.models.transformer import Transformer, token_losses
+from tsparse.models.transformer import Transformer, ffn_passes, final_hidden, head_of, token_losses
+from tsparse.recipes import guards
+from tsparse.recipes.distill import Read, distilled_cross_entropy
+from tsparse.recipes.match import matching_loss
+from tsparse.recipes.recipe import Recipe
+from tsparse.recipes.teacher import Teacher
 from tsparse.sharding import constrain
 
 Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions, loss_mask: [B, T] int32
@@ -31,6 +37,7 @@ class TrainState:
   step: jax.Array  # [] int32, optimizer steps taken
   params: Any
   opt_state: Any
+  memory: Any = None  # of the recipe (tsparse/recipes/recipe.py)
 
 
 @struct.dataclass
@@ -48,11 +55,39 @@ class Sums:
   counts: ModelCounts
 
 
+@struct.dataclass
+class Extra:
+  """What a recipe adds to the loss at a step.
+
+  Attributes:
+    recipe: static.
+    teacher: static; None where there is none.
+    step: [] int32.
+    weights: lambda of each layer, [L] or [1]; None without a penalty.
+    own: the parameters that the teacher alone has.
+  """
+
+  recipe: Recipe = struct.field(pytree_node=False)
+  teacher: Teacher | None = struct.field(pytree_node=False)
+  step: jax.Array
+  weights: jax.Array | None
+  own: Any
+
+  def read(self, model: Transformer, params: Any, hidden: jax.Array) -> Read:
+    """What makes a model's logits."""
+    return Read(hidden, head_of(model, params), model.config.final_softcap)
+
+
 ROUTER_LOSSES = ("router_z_loss", "router_balance_loss")  # their definitions: tsparse/models/router.py
 
 
 def summed_loss(
-  params: Any, batch: Batch, model: Transformer, weights: Mapping[str, float], router_jitter: float = 0.0
+  params: Any,
+  batch: Batch,
+  model: Transformer,
+  weights: Mapping[str, float],
+  router_jitter: float = 0.0,
+  extra: Extra | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sum over the batch's scored tokens of  -log p(target) + sum over the added terms of weight * term.
 
@@ -63,23 +98,72 @@ def summed_loss(
     weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, means over all real tokens which every
       scored token shares equally and which are not computed when both weigh 0.
     router_jitter: epsilon of the routers' Jitter.
+    extra: of a recipe. Its terms are weighted already: `sparsity_penalty`, lambda times the penalty, which every scored
+      token shares equally too, and `distillation`, w T^2 KL, beside which -log p(target) weighs 1 - w only. While the
+      FFNs are matched the loss is `matching` alone, which has as much weight as all tokens together.
   """
   jitter = Jitter(batch["router_keys"].T, router_jitter) if router_jitter else None
   with_router = any(weights.get(name) for name in ROUTER_LOSSES)
-  nll, log_z, counts, router = token_losses(model, params, batch, jitter=jitter, with_router=with_router)  # [B, T]
-  counts, counted = jax.lax.stop_gradient(counts), scored(batch)
-  added = {"z_loss": jnp.sum(jnp.square(log_z), where=counted)}
-  if with_router:
-    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32), 1)
-    sharing = jnp.sum(counted, dtype=jnp.float32)
-    added["router_z_loss"] = sharing * router_z_loss(router, tokens)
-    added["router_balance_loss"] = sharing * router_balance_loss(router, counts["ffn"].routed, tokens)
-  sums = Sums(nll=jnp.sum(nll, where=counted), added=added, counts=counts)
-  return sums.nll + sum(weights[name] * term for name, term in added.items()), sums
+  intervention = extra.recipe.intervention(extra.step) if extra else None
+  asked = {"intervention": intervention, "jitter": jitter, "with_router": with_router}
+  counted = scored(batch)
+  sharing = jnp.sum(counted, dtype=jnp.float32)
+  distill = extra.recipe.distill_weight if extra else 0.0
+  teacher_hidden, passes = None, None
+  if extra and extra.teacher:
+    theirs = jax.lax.stop_gradient(extra.teacher.whole(extra.own, params))
+    if extra.recipe.match_steps:
+      teacher_hidden, passes = jax.lax.stop_gradient(ffn_passes(extra.teacher.model, theirs, batch))
+    else:
+      teacher_hidden = jax.lax.stop_gradient(final_hidden(extra.teacher.model, theirs, batch)[0])
+
+  def whole(params: Any) -> tuple[jax.Array, Sums]:
+    added = {}
+    if distill:
+      hidden, counts, router = final_hidden(model, params, batch, **asked)
+      reads = extra.read(model, params, hidden), extra.read(extra.teacher.model, theirs, teacher_hidden)
+      recipe = extra.recipe
+      nll, log_z, kl = distilled_cross_entropy(*reads, batch["targets"], recipe.temperature, recipe.top_k)
+      added["distillation"] = distill * recipe.temperature**2 * jnp.sum(kl, where=counted)
+    else:
+      nll, log_z, counts, router = token_losses(model, params, batch, **asked)  # [B, T]
+    penalty = penalty_per_layer(counts) if extra and extra.weights is not None else None
+    counts = jax.lax.stop_gradient({kind: c.replace(penalty=None) for kind, c in counts.items()})
+    added["z_loss"] = jnp.sum(jnp.square(log_z), where=counted)
+    if with_router or penalty is not None:
+      tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32), 1)
+    if with_router:
+      added["router_z_loss"] = sharing * router_z_loss(router, tokens)
+      added["router_balance_loss"] = sharing * router_balance_loss(router, counts["ffn"].routed, tokens)
+    if penalty is not None:
+      added["sparsity_penalty"] = sharing * jnp.sum(extra.weights * penalty) / tokens
+    sums = Sums(nll=jnp.sum(nll, where=counted), added=added, counts=counts)
+    loss = (1 - distill) * sums.nll if distill else sums.nll
+    return loss + sum(weights.get(name, 1.0) * term for name, term in added.items()), sums
+
+  if not passes:
+    return whole(params)
+
+  def matching(params: Any) -> tuple[jax.Array, Sums]:
+    _, sums = whole(jax.lax.stop_gradient(params))
+    loss = sharing * matching_loss(model, params, passes, batch["segment_ids"] > 0, intervention or {})
+    return loss, sums.replace(added=jax.tree.map(jnp.zeros_like, sums.added) | {"matching": loss})
+
+  def after(params: Any) -> tuple[jax.Array, Sums]:
+    loss, sums = whole(params)
+    return loss, sums.replace(added=sums.added | {"matching": jnp.zeros_like(loss)})
+
+  return jax.lax.cond(extra.step < extra.recipe.match_steps, matching, after, params)
 
 
 def summed_gradients(
-  params: Any, batch: Batch, model: Transformer, weights: Mapping[str, float], router_jitter: float, microbatches: int
+  params: Any,
+  batch: Batch,
+  model: Transformer,
+  weights: Mapping[str, float],
+  router_jitter: float,
+  microbatches: int,
+  extra: Extra | None = None,
 ) -> tuple[Any, Sums]:
   """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time.
 
@@ -87,7 +171,7 @@ def summed_gradients(
   second copy of them.
   """
   if microbatches == 1:
-    return jax.grad(summed_loss, has_aux=True)(params, batch, model, weights, router_jitter)
+    return jax.grad(summed_loss, has_aux=True)(params, batch, model, weights, router_jitter, extra)
 
   def split(x):  # row r goes to microbatch r % A, so that every device keeps its own rows
     return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
@@ -95,7 +179,7 @@ def summed_gradients(
   total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
   def loss_of(params, microbatch):
-    return summed_loss(params, microbatch, model, weights, router_jitter)
+    return summed_loss(params, microbatch, model, weights, router_jitter, extra)
 
   def add(sums, microbatch):
     loss, backward, more = jax.vjp(lambda p: loss_of(p, microbatch), params, has_aux=True)
@@ -118,7 +202,9 @@ def make_train_step(
   router_jitter: float,
   seed: int,
   microbatches: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  recipe: Recipe | None = None,
+  teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """A function (state, batch) -> (state, metrics). The loss is the mean over all scored tokens of the whole batch.
 
   Args:
@@ -129,22 +215,25 @@ def make_train_step(
     router_jitter: see `summed_loss`; the noise of a row depends on the seed, the step, the layer and the row alone.
     seed: of that noise.
     microbatches: the batch is computed in so many pieces.
+    recipe: what makes zeros; None for nothing.
+    teacher: whom the recipe learns from. The function then has a third argument, the parameters that are its own.
   """
 
-  def train_step(state: TrainState, batch: Batch):
+  def train_step(state: TrainState, batch: Batch, own: Any = None):
     batch = {name: constrain(x, "BT") for name, x in batch.items()}
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
     counted = jnp.maximum(jnp.sum(scored(batch)), 1).astype(jnp.float32)
     if router_jitter:
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
-    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches)
+    extra = recipe and Extra(recipe, teacher, state.step, recipe.weights(state.step, state.memory), own)
+    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches, extra)
     grads = jax.tree.map(lambda g: g / counted, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
       "loss": sums.nll / counted,
-      **{name: weights[name] * term / counted for name, term in sums.added.items()},
+      **{name: weights.get(name, 1.0) * term / counted for name, term in sums.added.items()},
       "grad_norm": optax.tree_utils.tree_norm(grads),
       "learning_rate": schedule(state.step),
       "tokens": tokens,
@@ -156,6 +245,34 @@ def make_train_step(
     }
     if model.config.num_experts:
       metrics["expert_load_entropy_per_layer"] = expert_load_entropy(sums.counts["ffn"])  # [L]
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    memory = None
+    if recipe:
+      metrics |= recipe.metrics(state.step, state.memory)
+      memory = recipe.remember(state.memory, sums.counts, state.step)
+    if recipe and recipe.dead_after:
+      metrics |= guards.metrics(memory["idle"], recipe.dead_after)
+    if recipe and recipe.revive_every:
+      params, opt_state, memory = revived(recipe, tx, seed, state.step + 1, params, opt_state, memory)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, memory=memory), metrics
 
   return train_step
+
+
+def revived(
+  recipe: Recipe,
+  tx: optax.GradientTransformation,
+  seed: int,
+  step: jax.Array,
+  params: Any,
+  opt_state: Any,
+  memory: dict[str, Any],
+) -> tuple[Any, Any, dict[str, Any]]:
+  """Parameters, optimizer state and memory after `step` steps, dead neurons made anew if it is the time for it."""
+
+  def anew(params, opt_state, idle):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return guards.revive(params, opt_state, idle, tx, recipe.dead_after, key)
+
+  keep = lambda *parts: parts  # noqa: E731
+  parts = jax.lax.cond(step % recipe.revive_every == 0, anew, keep, params, opt_state, memory["idle"])
+  return *parts[:2], memory | {"idle": parts[2]}

@@ -51,13 +51,15 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.router_z_loss = 0.0  # weight of logsumexp(router logits)^2; ST-MoE used 1e-3
   config.train.router_balance_loss = 0.0  # weight of E sum_e f_e P_e, of each microbatch; Switch used 1e-2
   config.train.router_jitter = 0.0  # what routers read is multiplied by noise in 1 +- it; Switch used 1e-2
-  config.train.rules = ""  # what is trained, "REGEX=NUMBER; REGEX=lora:R" (tsparse/recipes/trained.py); "" is everything
+  config.train.rules = ""  # what is trained, "REGEX=NUMBER; REGEX=lora:R" (tsparse/recipes/trained.py); "" is all
   # distillation (tsparse/recipes/distill.py): loss = (1 - weight) cross-entropy + weight T^2 KL(teacher || model)
   config.train.distill_weight = 0.0
   config.train.distill_temperature = 1.0  # T
   config.train.distill_top_k = 0  # of the teacher's tokens are told apart; 0 is all
   config.train.distill_teacher = ""  # a model of the same vocabulary; "" is what training starts from, as it was
-  config.train.match_until = 0.0  # share of the steps that first fit each FFN to the teacher's (tsparse/recipes/match.py)
+  config.train.match_until = (
+    0.0  # share of the steps that fit each FFN to the teacher's first (tsparse/recipes/match.py)
+  )
   config.train.log_every = 10  # steps between lines of metrics.jsonl
   config.train.checkpoint_every = 200  # steps; the last step always is one
   config.train.keep_checkpoints = 2
@@ -74,6 +76,8 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.sparsity.target = 0.0  # share of zeros asked for: a controller moves lambda; 0 asks for none
   config.sparsity.target_by = 0.7  # share of the steps at which it is to be reached
   config.sparsity.per_layer = False  # each layer has the target, and a lambda of its own
+  config.sparsity.threshold = 0.0  # of the hidden at the start, with config.model.hidden_thresholds; it is learned
+  config.sparsity.calibrate = 0.0  # share of zeros that thresholds are to give the trained model, in WORKDIR/calibrated
   config.sparsity.dead_after = 0  # steps without firing after which a neuron is dead, which is told; 0 for no watch
   config.sparsity.revive_every = 0  # steps between times at which dead neurons are made anew; 0 never
 

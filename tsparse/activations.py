@@ -12,8 +12,9 @@ that `hidden` holds exact zeros: the row of `down` (and with gate-first decoding
     shifted_relu:B        max(0, gate - B) * up           gate <= B
     fatrelu:T             (gate if gate >= T else 0) * up gate < T
     drelu                 max(0, gate) * max(0, up)       gate <= 0 or up <= 0
+    qsparse:S             TopK(max(0, gate)^2 * up)       (the round(S F) entries smallest in size)
 
-To add one: write the function with its formula and paper, add a line to ACTIVATIONS (or PARAMETRIC).
+To add one: write the function with its formula and paper, add a line to ACTIVATIONS (PARAMETRIC, WHOLE_ROWS).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from tsparse.errors import UserError
+from tsparse.topk import kept, largest
 
 Array = jax.Array
 
@@ -69,6 +71,18 @@ def fatrelu(gate: Array, up: Array, threshold: float) -> Array:
   return jnp.where(gate >= threshold, gate, 0) * up
 
 
+def qsparse(gate: Array, up: Array, sparsity: float) -> Array:
+  """The entries of max(0, gate)^2 * up largest in size, F - round(sparsity F) of each token; the others are 0.
+
+  Q-Sparse (arXiv 2407.10969) in the FFN hidden: the gradient passes the mask as if there were none (straight-through).
+  Its division by the length of the row is left out: a model trained without it cannot bear it. F must be whole.
+  """
+  hidden = relu2(gate, up)
+  size = jnp.abs(jax.lax.stop_gradient(hidden)).astype(jnp.float32)
+  dropped = jnp.where(largest(size, kept(jnp.float32(sparsity), hidden.shape[-1])), 0, hidden)
+  return hidden - jax.lax.stop_gradient(dropped)  # x - x is 0, exactly
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
   """An activation by name.
@@ -76,7 +90,7 @@ class Activation:
   Attributes:
     name: as the user wrote it, parameter included (`"fatrelu:0.01"`).
     function: (gate [..., F], up [..., F]) -> hidden [..., F], same dtype.
-    zero_where: the condition under which `hidden` is exactly 0; empty when zeros are not guaranteed anywhere.
+    zero_where: the condition on an entry under which `hidden` is exactly 0; empty when there is none.
   """
 
   name: str
@@ -105,10 +119,11 @@ PARAMETRIC = {
   "shifted_relu": (shifted_relu, "gate <= {}"),
   "fatrelu": (fatrelu, "gate < {}"),
 }
+WHOLE_ROWS = {"qsparse": qsparse}  # with a number too; entries of a row are compared: none has a condition alone
 
 
 def activation(name: str) -> Activation:
-  """The activation called `name`: a key of ACTIVATIONS, or `key:number` for a key of PARAMETRIC.
+  """The activation called `name`: a key of ACTIVATIONS, or `key:number` for one of PARAMETRIC.
 
   Raises:
     UserError: the name is unknown, or its parameter is missing, superfluous or not a non-negative number.
@@ -117,13 +132,15 @@ def activation(name: str) -> Activation:
   if key in ACTIVATIONS and not colon:
     function, zero_where = ACTIVATIONS[key]
     return Activation(name, function, zero_where)
-  if key in PARAMETRIC:
+  if key in PARAMETRIC or key in WHOLE_ROWS:
     if not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", text):
       raise UserError(f"activation {name!r} needs a non-negative number after the colon, as in '{key}:0.01'.")
     value = float(text)
-    function, zero_where = PARAMETRIC[key]
+    if key in WHOLE_ROWS and value >= 1:
+      raise UserError(f"activation {name!r}: the number is the share of zeros, below 1.")
+    function, zero_where = PARAMETRIC[key] if key in PARAMETRIC else (WHOLE_ROWS[key], "")
     return Activation(name, lambda gate, up: function(gate, up, value), zero_where.format(value))
-  known = [*ACTIVATIONS, *(f"{key}:NUMBER" for key in PARAMETRIC)]
-  nearest = difflib.get_close_matches(key, [*ACTIVATIONS, *PARAMETRIC], n=1)
+  known = [*ACTIVATIONS, *(f"{key}:NUMBER" for key in (*PARAMETRIC, *WHOLE_ROWS))]
+  nearest = difflib.get_close_matches(key, [*ACTIVATIONS, *PARAMETRIC, *WHOLE_ROWS], n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest and nearest[0] != key else ""
   raise UserError(f"activation {name!r} is unknown: choose one of {', '.join(known)}.{hint}")

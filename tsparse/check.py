@@ -117,7 +117,9 @@ def check_recipe(config: ml_collections.ConfigDict):
   before = open_model(Path(config.init)).config.activation if config.init else config.get("base", {}).get("activation")
   for name in ("swap_until", "start"):
     if sparsity[name] and not starts:
-      raise UserError(f"config.sparsity.{name} is {sparsity[name]!r} and there is no config.init to swap the activation of.")
+      raise UserError(
+        f"config.sparsity.{name} is {sparsity[name]!r} and there is no config.init to swap the activation of."
+      )
   if sparsity.swap_until and before != DENSE:
     raise UserError(f"config.sparsity.swap_until is {sparsity.swap_until} and config.init is {before}, not {DENSE}.")
   if not recipe.teacher:
@@ -135,8 +137,8 @@ def check_recipe(config: ml_collections.ConfigDict):
   ):
     raise UserError(
       f"config.train.distill_teacher {train.distill_teacher} has another vocabulary ({teacher.vocabulary!r}, "
-      f"{teacher.config.vocab_size} ids) than the model ({config.data.vocabulary!r}, {config.model.vocab_size} ids): its "
-      "logits are of other tokens; take a teacher with the same tokenizer."
+      f"{teacher.config.vocab_size} ids) than the model ({config.data.vocabulary!r}, {config.model.vocab_size} ids): "
+      "its logits are of other tokens; take a teacher with the same tokenizer."
     )
   shape = [getattr(each, name) for name in ("num_layers", "d_model", "num_experts", "dense_layers")
            for each in (teacher.config, model_config(config))]  # fmt: skip
@@ -163,10 +165,11 @@ def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platf
 
 def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig):
   """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or vocabulary."""
+  free = (*FREE_FIELDS, *([] if init.config.hidden_thresholds else ["hidden_thresholds"]))  # it may get some
   changed = [
     f"{field.name} is {getattr(init.config, field.name)} there and {getattr(model, field.name)} here"
     for field in dataclasses.fields(ModelConfig)
-    if field.name not in FREE_FIELDS and getattr(init.config, field.name) != getattr(model, field.name)
+    if field.name not in free and getattr(init.config, field.name) != getattr(model, field.name)
   ]
   if changed:
     raise UserError(

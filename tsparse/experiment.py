@@ -18,15 +18,18 @@ from tsparse import workdir as workdirs
 from tsparse.activations import activation
 from tsparse.analysis.report import print_table, write_report
 from tsparse.analysis.run import Case, analyze_cases
+from tsparse.calibrated import calibrated
 from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, evaluation_batches, evaluation_by_source
 from tsparse.errors import UserError
-from tsparse.models.config import model_config
+from tsparse.models.config import ffn_layers, model_config
 from tsparse.progress import warn
 from tsparse.recipes.recipe import recipe_of
+from tsparse.recipes.thresholds import restored_with
 from tsparse.stages import Stage, describe_phase, phases_of, stages_of
 from tsparse.train import checkpoint, resume
+from tsparse.train.log import trace
 from tsparse.train.loop import Source, train
 
 
@@ -73,6 +76,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
       teacher = stage.init and teacher_of(stage, init)
       train(stage.config, stage.folder, mesh, quick, console, stage.title, init, quick_by_source, teacher)
       seconds[stage.title] = round(time.monotonic() - began, 1)
+      if stage.config.sparsity.calibrate and stage.name == "main":
+        calibrated(stage, mesh, console)
     began = time.monotonic()
     analysis = analyze_stages(stages, texts, mesh, console)
     seconds["analysis"] = round(time.monotonic() - began, 1)
@@ -86,12 +91,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
 
 def source_of(stage: Stage, console: Console) -> Source:
   """What the stage starts from."""
+  stored, model = open_model(stage.init).config, model_config(stage.config)
   restore = functools.partial(restore_init, stage.init, stage.folder, console)
-  return Source(restore, open_model(stage.init).config)
+  if model.hidden_thresholds:
+    restore = restored_with(restore, stored, ffn_layers(model), stage.config.sparsity.threshold)
+  return Source(restore, stored)
 
 
 def teacher_of(stage: Stage, init: Source) -> Source | None:
-  """Whom the stage's recipe learns from, if there is one: the model that it starts from, unless the config names one."""
+  """Whom the stage's recipe learns from, if anyone: the model that it starts from, unless the config names one."""
   if not recipe_of(stage.config).teacher:
     return None
   if path := stage.config.train.distill_teacher:
@@ -172,6 +180,9 @@ def analyze_stages(
       cases.append(("swapped", start, model.activation, ()))
     name = "recovered" if before != model.activation else "trained"
     cases.append((name, open_model(main.folder), model.activation, config.analysis.levels))
+  if config.sparsity.calibrate:
+    kept = open_model(main.folder / "calibrated")
+    cases.append(("calibrated", kept, model.activation, config.analysis.levels))
   cases += [(phase.name, open_model(phase.folder), model.activation, config.analysis.levels) for phase in phases]
 
   held_out, by_source = texts["main"]
@@ -185,7 +196,7 @@ def analyze_stages(
       Case(
         name,
         stored,
-        dataclasses.replace(model, activation=activation(act).name),
+        dataclasses.replace(model, activation=activation(act).name, hidden_thresholds=stored.config.hidden_thresholds),
         held_out,
         text,
         levels,
@@ -196,6 +207,9 @@ def analyze_stages(
     mesh,
     console,
   )
+  if recipe_of(config).on:
+    trained = next(m for m in analysis["models"] if m["name"] in ("recovered", "trained"))
+    trained["training"] = trace(main.folder)
   drawn = {phase.name: accounts_at(checkpoint.data_position(phase.folder)) for phase in phases}
   return analysis | {"sources": accounts_at(checkpoint.data_position(main.folder)), "phases": drawn}
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsparse.analysis import accounting, confidence, experts, masks, neurons, observe
+from tsparse.analysis import accounting, confidence, experts, gap, masks, neurons, observe
 from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet
 from tsparse.data import accounting as data_accounting
@@ -22,6 +22,7 @@ DEFINITIONS = {
   **counts.DEFINITIONS,
   **masks.DEFINITIONS,
   **confidence.DEFINITIONS,
+  **gap.DEFINITIONS,
   **accounting.DEFINITIONS,
   **observe.DEFINITIONS,
   **data_accounting.DEFINITIONS,

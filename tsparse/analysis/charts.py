@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from tsparse.analysis import gap
+
 
 class Axis(NamedTuple):
   """One axis. `scale` is what it starts with: linear, log, or auto (log from a factor of five on)."""
@@ -114,6 +116,43 @@ def threshold_methods(models: list[dict]) -> Chart:
   view = View("", Axis("zeros in the hidden (teal: weights that meet a zero)", percent=True), PERPLEXITY, _drawn(lines))
   terms = ("fat", "cats", "teal", "teal_down", "cett", "ppl_p", "calibration", "threshold sparsity")
   return Chart("threshold_methods", "Perplexity by training-free thresholds", "lines", [view], terms)
+
+
+def frontier(models: list[dict]) -> Chart:
+  """Loss above the control by zeros: a ring for each model as it is, and its curves."""
+  lines = []
+  for m, how, points in gap.frontier(models):
+    lines.append(_series(m, points, "" if how == "as it is" else how, "ring" if how == "as it is" else "line"))
+  view = View(
+    "", Axis("hidden entries that are zero", percent=True), Axis("loss above the control, nats"), _drawn(lines)
+  )
+  return Chart("frontier", "What zeros cost", "lines", [view], ("gap", "sparsity"))
+
+
+def training(models: list[dict]) -> Chart:
+  """What a recipe did in training: zeros, lambda and loss by step, of each layer where it is steered alone."""
+  traces = [(m, m["training"]) for m in models if m.get("training")]
+  views = []
+  for keys, y in (
+    (("zero_fraction", "zeros_wanted"), Axis("zeros in the hidden", percent=True)),
+    (("penalty_weight",), Axis("lambda, weight of the penalty", scale="auto")),
+    (("loss", "distillation", "sparsity_penalty", "matching"), Axis("parts of the loss, nats")),
+  ):
+    lines = []
+    for m, trace in traces:
+      for key in keys:
+        values = trace.get(key) or []
+        each = list(zip(*values, strict=True)) if values and isinstance(values[0], list) else [values]
+        thin = "thin" if len(each) > 1 else "line"
+        lines += [
+          _series(m, list(zip(trace["step"], of, strict=True)), key.replace("_", " "), thin)._replace(
+            label=f"{key} {i}"
+          )
+          for i, of in enumerate(each)
+          if any(of)
+        ]
+    views.append(View(y.label, Axis("step"), y, _drawn(lines)))
+  return Chart("training", "The recipe in training", "lines", views, ("gap",))
 
 
 def zeros_per_layer(models: list[dict]) -> Chart:
@@ -270,7 +309,8 @@ def intervals(models: list[dict]) -> Chart:
 
 
 MAKERS = (
-  intervals, perplexity_vs_sparsity, threshold_methods, zeros_per_layer, zeros_per_position, histograms, expert_load,
+  intervals, frontier, training, perplexity_vs_sparsity, threshold_methods, zeros_per_layer, zeros_per_position,
+  histograms, expert_load,
   expert_curves, expert_thresholds, neuron_cdf, neuron_frequency, union_zeros, union_speedup,
 )  # fmt: skip
 

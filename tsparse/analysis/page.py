@@ -14,7 +14,8 @@ from tsparse.analysis.tables import Table
 FOLDER = Path(__file__).parent
 # Title of a section -> keys of its tables and charts, in order; what the analysis has no numbers for is not there.
 SECTIONS = {
-  "Quality": ("quality", "confidence", "intervals", "comparisons"),
+  "Quality": ("quality", "gap", "frontier", "confidence", "intervals", "comparisons"),
+  "The recipe": ("training",),
   "What zeros cost": (
     "perplexity_vs_sparsity", "masked_hidden", "masked_gate", "masked_up", "masked_contribution", "threshold_methods",
     "methods", "ppl_p",

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tsparse import files
-from tsparse.analysis import paper
+from tsparse.analysis import gap, paper
+
+DEAD = 0.02  # share of the neurons; fewer never fire on a short text and are no cause for alarm
 
 
 class Table(NamedTuple):
@@ -34,6 +36,7 @@ def tables(analysis: dict) -> list[Table]:
   result = [
     quality(models),
     *masked(models),
+    *above_control(models, analysis.get("comparisons") or []),
     *confidence(models, analysis.get("comparisons") or []),
     *methods(models),
     *experts(models),
@@ -67,6 +70,17 @@ def quality(models: list[dict]) -> Table:
     ])  # fmt: skip
   terms = ("loss", "perplexity", "zero_fraction", "activated", "tokens_seen")
   return Table("Quality and zeros, nothing masked", columns, rows, labels=2, key="quality", terms=terms)
+
+
+def above_control(models: list[dict], comparisons: list[dict]) -> Iterator[Table]:
+  """Zeros and the loss that they cost."""
+  rows = []
+  for m, difference, bounds in gap.gaps(models, comparisons):
+    interval = _interval(bounds, lambda x: f"{x:+.4f}") if bounds else "one document"
+    rows.append([m["name"], percent(m["zero_fraction"]["mean"]), f"{difference:+.4f}", interval])
+  if rows:
+    columns = ["model", "zeros", "loss above control", "95% interval"]
+    yield Table("What the zeros cost", columns, rows, key="gap", terms=("gap",))
 
 
 def masked(models: list[dict]) -> Iterator[Table]:
@@ -317,11 +331,26 @@ def notes(analysis: dict) -> list[str]:
   if len(set(vocabularies.values())) > 1:
     named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())
     result.append(f"Vocabularies differ ({named}): losses and perplexities are per token of each and do not compare.")
+  result += [f"Alarm: {sentence}" for m in models for sentence in alarms(m)]
   seen = {m["name"]: m.get("trained_tokens") for m in models}
   if len(set(seen.values())) > 1:
     counts = ", ".join(f"{name} {count(n)}" for name, n in seen.items())
     result.append(f"Tokens seen differ ({counts}): part of a lower loss can be plain further training.")
   return result
+
+
+def alarms(model: dict) -> Iterator[str]:
+  """Sentences about layers without an entry that fires, neurons that are dead and experts that got no token."""
+  name, zeros, dead = model["name"], model["zero_fraction"], model.get("dead_neurons") or {}
+  silent = [str(layer) for layer, share in enumerate(zeros["per_layer"]) if share == 1]
+  if silent:
+    yield f"{name} has layers that are all zeros ({', '.join(silent)}): their FFNs do nothing."
+  if dead and dead["count"] > DEAD * dead["total"]:
+    yield f"{name} has {dead['count']:,} neurons of {dead['total']:,} that never fired on the evaluated text."
+  layers = enumerate(zeros.get("per_expert") or ())
+  lost = [f"{layer}.{e}" for layer, experts in layers for e, share in enumerate(experts) if share is None]
+  if lost:
+    yield f"{name} has experts that no token reached (layer.expert {', '.join(lost)})."
 
 
 def count(n, scale=None) -> str:

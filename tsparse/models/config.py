@@ -41,6 +41,7 @@ class ModelConfig:
   predictor_ranks: tuple[int, ...] = ()  # R of each layer's neuron predictor (TurboSparse); empty is none
   predictor_input: str = ""  # what they read: before_norm (the residual stream) or after_norm (as the FFN)
   predictor_thresholds: bool = False  # each layer (and expert) has a threshold of its own (sparse/predictors), else 0
+  hidden_thresholds: bool = False  # each layer zeroes what is below a threshold of its own (models/threshold.py)
   sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0 sees everything before
   full_attention_every: int = 0  # the last of every so many layers has no window (Gemma 2: 2); 0 means all have it
   rope_theta: float = 10_000.0
@@ -215,8 +216,8 @@ PRESETS = {
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
   """Number of parameters by component, from the architecture alone.
 
-  Components: embedding, head, attention, norms, router (with the gate of a shared expert), predictor, and the FFNs of
-  FFNS: ffn, shared, first.
+  Components: embedding, head, attention, norms, router (with the gate of a shared expert), predictor, threshold, and
+  the FFNs of FFNS: ffn, shared, first.
   """
   s = config.sizes
   layers, experts = config.num_layers, max(1, config.num_experts)
@@ -227,6 +228,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     "norms": ((2 + 2 * config.post_norms) * layers + 1) * s["D"] + config.qk_norm * layers * s["H"] * (s["N"] + s["K"]),
     "router": (layers - config.dense_layers) * s["D"] * (s["E"] + config.shared_gate),
     "predictor": (sum(config.predictor_ranks) * (s["D"] + s["F"]) + layers * config.predictor_thresholds) * experts,
+    "threshold": config.hidden_thresholds * (layers + (layers - config.dense_layers) * bool(config.num_shared_experts)),
     "ffn": (layers - config.dense_layers) * experts * 3 * s["D"] * s["F"],
     "shared": (layers - config.dense_layers) * 3 * s["D"] * config.num_shared_experts * config.shared_d_ff,
     "first": config.dense_layers * 3 * s["D"] * config.dense_d_ff,

@@ -13,7 +13,7 @@ Array = jax.Array
 # What may be done to the hidden before `down` reads it: (gate, up, hidden, expert) -> hidden, all [..., F] but expert,
 # int32 that broadcasts to [...]: whose rows they are; None in a dense FFN. See analysis/masks. It may also have a
 # method `on_input`, which changes what gate and up read (`ffn_input`), an attribute `penalty`, a function of the hidden
-# whose sums are counted (`penalty_of`), and an attribute `elementwise`, true where no entry depends on others of its row.
+# whose sums are counted (`penalty_of`), and an attribute `elementwise`, true where entries do not depend on each other.
 Intervention = Callable[[Array, Array, Array, Array | None], Array]
 
 

@@ -10,6 +10,7 @@ Parameters are float32 and stacked over layers (leading axis L) by `nn.scan`:
     layers/attention/{query_norm [L, N, H], key_norm [L, K, H]}                                  with qk_norm
     layers/ffn/{gate [L, D, F], up [L, D, F], down [L, F, D]}
     layers/ffn/{router [L, D, E], gate [L, E, D, F], up [L, E, D, F], down [L, E, F, D]}     with experts
+    layers/ffn/threshold [L]                                                                     with hidden_thresholds
     layers/ffn/shared/{gate, up, down} as dense, layers/ffn/shared_gate [L, D]                   with a shared expert
     layers/ffn/predictor/{fc1 [L, D, R], fc2 [L, R, F]}, with E as above                         with predictors
     layers/ffn/predictor/threshold [L], with experts [L, E]                          with predictors and thresholds
@@ -37,6 +38,7 @@ from tsparse.models.loss import head_cross_entropy
 from tsparse.models.moe import Experts, Predictors, moe
 from tsparse.models.predictor import predict
 from tsparse.models.router import Jitter, RouterSums, router_logits, router_sums
+from tsparse.models.threshold import Thresholded
 from tsparse.sharding import constrain
 
 Array = jax.Array
@@ -154,6 +156,8 @@ class FeedForward(nn.Module):
     up = _weight(self, "up", experts + "DF", fan_in="D")
     down = _weight(self, "down", experts + "FD", fan_in="F", scale=(2 * config.num_layers) ** -0.5)
     act = activation(config.activation)
+    if config.hidden_thresholds:
+      intervene = Thresholded(_vector(self, "threshold", "", nn.initializers.zeros), intervene)
     predictor = None
     if config.predictor_ranks:
       read = residual if config.predictor_input == "before_norm" else x

@@ -5,7 +5,7 @@
 
 a PI controller in its velocity form (Astrom and Hagglund, PID Controllers, 1995, section 3.5). The setpoint rises in a
 straight line from the zeros there are when the controller starts to the target at step `by`, and stays there; `horizon`
-is the number of steps in between, so that a short run is steered as a long one is. Nothing is compiled again.
+is the number of steps in between (at least SHORTEST), so that a short run is steered as a long one is.
 """
 
 import dataclasses
@@ -17,13 +17,14 @@ from flax import struct
 Array = jax.Array
 
 SMOOTHING = 0.9
-INTEGRAL, PROPORTIONAL = 60.0, 25.0  # change of log lambda for an error of 1 held over the horizon; of a change of 1
-LIMITS = (-14.0, 2.0)  # of log lambda
+INTEGRAL, PROPORTIONAL = 300.0, 40.0  # change of log lambda for an error of 1 held over the horizon; of a change of 1
+LIMITS = (-14.0, 0.0)  # of log lambda
+SHORTEST = 100  # steps of horizon at least
 
 
 @struct.dataclass
 class State:
-  """What the controller remembers, part of the TrainState, [G] float32 each; G is 1, or L where layers are steered alone.
+  """What the controller remembers, part of the TrainState, [G] float32 each; G is 1, or L: each layer by itself.
 
   Attributes:
     log_weight: log lambda.
@@ -72,6 +73,8 @@ class Controller:
     smooth = jnp.where(first, zeros, SMOOTHING * state.zeros + (1 - SMOOTHING) * zeros)
     start = jnp.where(first, smooth, state.start)
     error = self.setpoint(start, step) - smooth
-    change = INTEGRAL / max(self.by - self.begin, 1) * error + PROPORTIONAL * jnp.where(first, 0, error - state.error)
+    change = INTEGRAL / max(self.by - self.begin, SHORTEST) * error + PROPORTIONAL * jnp.where(
+      first, 0, error - state.error
+    )
     new = State(jnp.clip(state.log_weight + change, *LIMITS), smooth, start, error)
     return jax.tree.map(lambda old, new: jnp.where(step >= self.begin, new, old), state, new)

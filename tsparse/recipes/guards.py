@@ -1,9 +1,9 @@
 """Neurons that never fire, layers that are all zeros, experts that get no token: noticed while it happens, and mended.
 
 A neuron is dead when it has not fired in `dead_after` steps in which tokens reached its expert. A revived one gets new
-random gate and up weights, as long as those of the living ones of its FFN, a row of zeros in `down`, so that the model's
-function stays as it is, and fresh moments (what the resampling of dead features does in sparse autoencoders, Bricken et
-al. 2023, here without its weighting by loss).
+random gate and up weights, as long as those of the living ones of its FFN, a row of zeros in `down`, so that the model
+computes what it did, and fresh moments (as dead features of sparse autoencoders are resampled, Bricken et al. 2023,
+"Towards Monosemanticity", here without weighting by loss).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
 
 Array = jax.Array
-Idle = dict[str, dict[str, Array]]  # by kind of FFN: neurons [L, E, F] and experts [L, E], int32 steps without a sign of life
+Idle = dict[
+  str, dict[str, Array]
+]  # by kind of FFN: neurons [L, E, F] and experts [L, E], int32 steps without a sign of life
 
 
 def init(config: ModelConfig) -> Idle:
@@ -65,7 +67,10 @@ def alarms(seen: Mapping[str, Any], told: set[str], dead_after: int) -> list[str
   for layer, zeros in enumerate(np.asarray(seen["zero_fraction_per_layer"])):
     if zeros == 1:
       found[f"zeros {layer}"] = f"layer {layer} is all zeros: its FFN does nothing; lower the penalty or the target."
-  for name, what in (("dead_neurons_per_layer", "neurons have not fired"), ("dead_experts_per_layer", "experts got no token")):
+  for name, what in (
+    ("dead_neurons_per_layer", "neurons have not fired"),
+    ("dead_experts_per_layer", "experts got no token"),
+  ):
     for layer, number in enumerate(np.asarray(seen.get(name, ()))):
       if number:
         size = int(number).bit_length()  # told again when it has doubled

@@ -42,6 +42,4 @@ class Train:
 def everywhere(config: ModelConfig, share: Array | None, kind: str, scale: float) -> dict[str, Train]:
   """The same in every layer, by kind of FFN."""
   full = lambda length: None if share is None else jax.numpy.full((length,), share)  # noqa: E731
-  return {
-    name: Train(full(length), config.activation, kind, scale) for name, length in ffn_layers(config).items()
-  }
+  return {name: Train(full(length), config.activation, kind, scale) for name, length in ffn_layers(config).items()}

@@ -1,4 +1,4 @@
-"""A warm start: each FFN learns to give what the teacher's gives on the same input, alone, without the rest of the model.
+"""A warm start: each FFN learns to give what the teacher's gives on the same input, without the rest of the model.
 
     loss = mean over the layers of  sum over the real tokens ||FFN(x) - FFN_teacher(x)||^2 / sum ||FFN_teacher(x)||^2
 

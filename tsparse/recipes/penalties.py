@@ -36,7 +36,8 @@ def staged(step: Array, stages: Sequence[tuple[float, float]]) -> Array:
 
   Constant lambda_0 until T_0, and in stage i, from T_{i-1} to T_i,
 
-      lambda = lambda_{i-1} + eta (lambda_i - lambda_{i-1}),   eta = (sin(-pi/2 + pi (t - T_{i-1}) / (T_i - T_{i-1})) + 1) / 2
+      lambda = lambda_{i-1} + eta (lambda_i - lambda_{i-1})
+      eta = (sin(-pi / 2 + pi (t - T_{i-1}) / (T_i - T_{i-1})) + 1) / 2
 
   and constant after the last.
 
@@ -52,7 +53,7 @@ def staged(step: Array, stages: Sequence[tuple[float, float]]) -> Array:
 
 
 def parse_stages(text: str, steps: int) -> tuple[tuple[float, float], ...]:
-  """"0.1:0, 0.6:0.003" -> ((0.1 * steps, 0.0), (0.6 * steps, 0.003)): shares of training and the lambda reached there.
+  """ "0.1:0, 0.6:0.003" -> ((0.1 * steps, 0.0), (0.6 * steps, 0.003)): shares of training and the lambda reached there.
 
   Raises:
     UserError: it is not of that form, shares do not rise, or one lies after the end of training.
@@ -62,7 +63,9 @@ def parse_stages(text: str, steps: int) -> tuple[tuple[float, float], ...]:
     stages = [tuple(map(float, stage.split(":"))) for stage in text.split(",")]
     shares, weights = zip(*stages, strict=True)
   except ValueError:
-    raise UserError(f"{place}: write SHARE:LAMBDA pairs, as in '0.1:0,0.6:0.003', shares of the training steps.") from None
+    raise UserError(
+      f"{place}: write SHARE:LAMBDA pairs, as in '0.1:0,0.6:0.003', shares of the training steps."
+    ) from None
   if not all(0 <= weight < float("inf") for weight in weights):
     raise UserError(f"{place}: a lambda must not be negative, and finite.")
   if any(not a < b for a, b in zip(shares, shares[1:], strict=False)) or not shares[0] >= 0:

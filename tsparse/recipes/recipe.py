@@ -5,6 +5,7 @@ training (the share of the swap, lambda) are traced: nothing is compiled again.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -131,6 +132,7 @@ def without_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
 SPARSITY = {
   "target": 0.0, "target_by": 0.7, "per_layer": False, "penalty": "l1", "penalty_scale": 0.1, "penalty_weight": 0.0,
   "stages": "", "start": "", "swap_until": 0.0, "dead_after": 0, "revive_every": 0,
+  "threshold": 0.0, "calibrate": 0.0,
 }  # fmt: skip
 TRAIN = {
   "rules": "", "distill_weight": 0.0, "distill_temperature": 1.0, "distill_top_k": 0, "distill_teacher": "",
@@ -145,58 +147,106 @@ def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
     UserError: a value is out of range, or two contradict each other.
   """
   sparsity, train, model = config.sparsity, config.train, model_config(config)
-
-  def require(holds: bool, sentence: str):
+  for holds, sentence in _requirements(sparsity, train, model):
     if not holds:
       raise UserError(f"config.{sentence}.")
-
-  def share(section: str, name: str) -> int:
-    value = getattr(config, section)[name]
-    require(0 <= value <= 1, f"{section}.{name} is {value}: it is a share of the training steps and would end after training")
-    return round(value * train.steps)
-
   start.parse(sparsity.start)
-  zeros = activation(model.activation).exact_zeros
-  swap_end, match_steps, by = share("sparsity", "swap_until"), share("train", "match_until"), share("sparsity", "target_by")
-  if sparsity.swap_until or sparsity.start:
-    field = "swap_until" if sparsity.swap_until else "start"
-    require(model.activation in swap.WAYS or field == "start" and model.activation != DENSE,
-            f"sparsity.{field} is {sparsity[field]} and config.activation {model.activation}: there is a way from {DENSE} "
-            f"to {' and '.join(swap.WAYS)} only")  # fmt: skip
-  require(sparsity.penalty in penalties.PENALTIES,
-          f"sparsity.penalty {sparsity.penalty!r} is unknown, choose one of {', '.join(penalties.PENALTIES)}")  # fmt: skip
-  for name in ("penalty_weight", "dead_after", "revive_every"):
-    require(0 <= sparsity[name] < float("inf"), f"sparsity.{name} is {sparsity[name]}; it must not be negative, and finite")
-  require(0 < sparsity.penalty_scale < float("inf"), f"sparsity.penalty_scale is {sparsity.penalty_scale}; it must be positive")
-  target, weight = sparsity.target, sparsity.penalty_weight
-  require(target == 0 or 0 < target < 1, f"sparsity.target is {target}: it is a share of zeros, between 0 and 1 (0 for none)")
-  penalised = bool(target or weight or sparsity.stages)
-  require(zeros or not penalised,
-          f"sparsity.{'target' if target else 'stages' if sparsity.stages else 'penalty_weight'} is set and "
-          f"config.activation is {model.activation}, whose hidden is never exactly zero: set config.activation=drelu")  # fmt: skip
-  require(not (target and sparsity.stages),
-          "sparsity.target and config.sparsity.stages are both set: a controller or a schedule moves lambda, not both")  # fmt: skip
-  require(not (weight and sparsity.stages),
-          "sparsity.penalty_weight and config.sparsity.stages are both set: write the weight into the stages")  # fmt: skip
-  stages, controller, begin = ((0.0, weight),), None, max(swap_end, match_steps)
+  swap_end, match_steps, by = (
+    round(share * train.steps) for share in (sparsity.swap_until, train.match_until, sparsity.target_by)
+  )
+  kind, stages, controller = "", (), None
   if sparsity.stages:
     stages = penalties.parse_stages(sparsity.stages, train.steps)
-  if target:
-    require(by > begin, f"sparsity.target_by is {sparsity.target_by}: the target must be reached after the swap and the "
-            "matching, of which one ends no earlier")  # fmt: skip
-    groups = model.num_layers if sparsity.per_layer else 1
-    stages, controller = (), Controller(target, begin, by, weight or 1e-3, groups)
-  require(not sparsity.revive_every or sparsity.dead_after,
-          "sparsity.revive_every is set and config.sparsity.dead_after is 0: say after how many steps a neuron is dead")  # fmt: skip
-  require(not (sparsity.revive_every and train.rules),
-          "sparsity.revive_every and config.train.rules are both set: what is frozen cannot be revived")  # fmt: skip
-  require(0 <= train.distill_weight <= 1, f"train.distill_weight is {train.distill_weight}; it must be between 0 and 1")
-  require(0 < train.distill_temperature < float("inf"),
-          f"train.distill_temperature is {train.distill_temperature}; it must be positive and finite")  # fmt: skip
-  require(0 <= train.distill_top_k < model.vocab_size,
-          f"train.distill_top_k is {train.distill_top_k}; it must be below the vocabulary's {model.vocab_size}, 0 is all")  # fmt: skip
+  elif sparsity.target:
+    begin, groups = max(swap_end, match_steps), model.num_layers if sparsity.per_layer else 1
+    controller = Controller(sparsity.target, begin, by, sparsity.penalty_weight or FIRST_WEIGHT, groups)
+  elif sparsity.penalty_weight:
+    stages = ((0.0, sparsity.penalty_weight),)
+  if stages or controller:
+    kind = sparsity.penalty
   return Recipe(
-    model, swap_end, sparsity.penalty if penalised else "", sparsity.penalty_scale, stages if penalised else (), controller,
-    train.distill_weight, train.distill_temperature, train.distill_top_k, match_steps, sparsity.dead_after,
+    model,
+    swap_end,
+    kind,
+    sparsity.penalty_scale,
+    stages,
+    controller,
+    train.distill_weight,
+    train.distill_temperature,
+    train.distill_top_k,
+    match_steps,
+    sparsity.dead_after,
     sparsity.revive_every,
-  )  # fmt: skip
+  )
+
+
+FIRST_WEIGHT = 1e-3  # lambda of a controller at its start, unless the config states another
+
+
+def _requirements(
+  sparsity: ml_collections.ConfigDict, train: ml_collections.ConfigDict, model: ModelConfig
+) -> Iterator[tuple[bool, str]]:
+  """(whether it holds, what to say where not): the rest of a sentence that begins with "config."."""
+  act = model.activation
+  for section, name in (("sparsity", "swap_until"), ("train", "match_until"), ("sparsity", "target_by")):
+    value = (sparsity if section == "sparsity" else train)[name]
+    yield 0 <= value <= 1, f"{section}.{name} is {value} and would end after training: it is a share of its steps"
+  for name in ("penalty_weight", "threshold", "dead_after", "revive_every"):
+    fits = 0 <= sparsity[name] < float("inf")
+    yield fits, f"sparsity.{name} is {sparsity[name]}; it must not be negative, and finite"
+  for name in ("target", "calibrate"):
+    value = sparsity[name]
+    yield 0 <= value < 1, f"sparsity.{name} is {value}: it is a share of zeros, between 0 and 1 (0 asks for none)"
+  known = ", ".join(penalties.PENALTIES)
+  yield sparsity.penalty in penalties.PENALTIES, f"sparsity.penalty {sparsity.penalty!r} is unknown: choose of {known}"
+  scale = sparsity.penalty_scale
+  yield 0 < scale < float("inf"), f"sparsity.penalty_scale is {scale}; it must be positive and finite"
+  ways = " or ".join(swap.WAYS)
+  yield (
+    not sparsity.swap_until or act in swap.WAYS,
+    f"sparsity.swap_until is {sparsity.swap_until} and config.activation {act}: the way from {DENSE} is to {ways}",
+  )
+  yield not sparsity.start or act != DENSE, f"sparsity.start is {sparsity.start!r} and config.activation stays {DENSE}"
+  for name in ("target", "stages", "penalty_weight"):
+    yield (
+      not sparsity[name] or activation(act).exact_zeros,
+      f"sparsity.{name} is {sparsity[name]} and config.activation {act}, whose hidden is never made zero by a penalty: "
+      "set config.activation=drelu",
+    )
+  yield (
+    not (sparsity.target and sparsity.stages),
+    "sparsity.target and sparsity.stages are both set: either a controller or a schedule moves lambda",
+  )
+  yield (
+    not (sparsity.penalty_weight and sparsity.stages),
+    "sparsity.penalty_weight and sparsity.stages are both set: write the weight into the stages",
+  )
+  yield (
+    not sparsity.target or sparsity.target_by > max(sparsity.swap_until, train.match_until),
+    f"sparsity.target_by is {sparsity.target_by}: the controller starts after swap_until and match_until and is "
+    "later",
+  )
+  thresholds = model.hidden_thresholds
+  yield (
+    thresholds or not sparsity.threshold,
+    "sparsity.threshold is set and the model has none: set config.model.hidden_thresholds too",
+  )
+  for name in ("swap_until", "calibrate"):
+    yield (
+      not (thresholds and sparsity[name]),
+      f"sparsity.{name} and model.hidden_thresholds are both set: thresholds are for an activation that is there, and "
+      "are learned or calibrated",
+    )
+  yield (
+    sparsity.dead_after or not sparsity.revive_every,
+    "sparsity.revive_every is set and sparsity.dead_after is 0: say after how many steps a neuron is dead",
+  )
+  yield (
+    not (sparsity.revive_every and train.rules),
+    "sparsity.revive_every and train.rules are both set: what is frozen cannot be revived",
+  )
+  weight, temperature, top_k = train.distill_weight, train.distill_temperature, train.distill_top_k
+  yield 0 <= weight <= 1, f"train.distill_weight is {weight}; it must be between 0 and 1"
+  yield 0 < temperature < float("inf"), f"train.distill_temperature is {temperature}; it must be positive and finite"
+  size = model.vocab_size
+  yield 0 <= top_k < size, f"train.distill_top_k is {top_k}; it must be below the vocabulary's {size}, 0 takes all"

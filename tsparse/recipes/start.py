@@ -35,7 +35,7 @@ TOKENS = 32_768
 
 
 def parse(text: str) -> tuple[str, ...]:
-  """"signs,refit" -> ("signs", "refit"); UserError for another name."""
+  """ "signs,refit" -> ("signs", "refit"); UserError for another name."""
   names = tuple(filter(None, (name.strip() for name in text.split(","))))
   for name in names:
     if name not in STEPS:
@@ -82,7 +82,14 @@ def start(old: Transformer, new: Transformer, params: Any, batch: Mapping[str, A
 
 
 def _one(
-  old: Transformer, new: Transformer, steps: Sequence[str], x: Array, reached: Array, gate: Array, up: Array, down: Array
+  old: Transformer,
+  new: Transformer,
+  steps: Sequence[str],
+  x: Array,
+  reached: Array,
+  gate: Array,
+  up: Array,
+  down: Array,
 ) -> tuple[Array, Array, Array]:
   """gate, up [D, F] and down [F, D] of one FFN, changed; x [B, T, D] is what it reads where reached [B, T]."""
   g, u = (project("btd,df->btf", x, w.astype(x.dtype)).astype(jnp.float32) for w in (gate, up))

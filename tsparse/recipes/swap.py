@@ -2,8 +2,7 @@
 
     hidden = ((1 - a) silu(gate) + a relu(gate)) * leaky(up, 1 - a)        leaky(x, s) = x if x > 0 else s x
 
-a = 0 is SwiGLU and a = 1 exactly dReLU (Turbo Sparse, arXiv 2406.05955); the mixture of old and new activation is that of
-smooth ReLUfication (ProSparse, arXiv 2402.13516, compares with it). Of `relu` (ReGLU) only the gate moves.
+a = 0 is SwiGLU and a = 1 exactly dReLU (Turbo Sparse, arXiv 2406.05955). Of `relu` (ReGLU) only the gate moves.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The model that a student learns from: held as the student is, and no second copy of what the student never changes."""
+"""The model that a student learns from: held as the student is, without a second copy of what that never changes."""
 
 import dataclasses
 from typing import Any

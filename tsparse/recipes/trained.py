@@ -42,7 +42,7 @@ def parse(text: str) -> tuple[tuple[str, float | int], ...]:
 
 
 def actions(rules: Sequence[tuple[str, float | int]], params: Any) -> Any:
-  """Tree of actions for `params`; UserError where a rule matches nothing, a parameter no rule, or nothing is trained."""
+  """Tree of actions for `params`; UserError for a rule that matches nothing, a parameter without one, or all frozen."""
   try:
     found = match(rules, params)
   except UserError as error:
@@ -51,7 +51,9 @@ def actions(rules: Sequence[tuple[str, float | int]], params: Any) -> Any:
     raise UserError("config.train.rules freezes every parameter: there is nothing left to train.")
   leaves = zip(jax.tree.leaves(params), jax.tree.leaves(found), strict=True)
   if any(isinstance(action, int) and leaf.ndim < 3 for leaf, action in leaves):
-    raise UserError("config.train.rules: lora is for the matrices of layers, [L, ...]; give vectors and embed a number.")
+    raise UserError(
+      "config.train.rules: lora is for the matrices of layers, [L, ...]; give vectors and embed a number."
+    )
   return found
 
 

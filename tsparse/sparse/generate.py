@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsparse.activations import activation
+from tsparse.activations import WHOLE_ROWS, activation
 from tsparse.convert.model import Model, open_model
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
@@ -108,6 +108,10 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
   exact = activation(config.activation).exact_zeros
   if sparse not in SPARSE:
     raise UserError(f"--sparse={sparse} is unknown: choose one of {', '.join(SPARSE)}.")
+  if reason := undecodable(config):
+    raise UserError(
+      f"this model has {reason}, which no kernel of generation knows: experiments/analyze.py evaluates it."
+    )
   if sparse == "exact" and not exact:
     raise UserError(
       f"--sparse=exact: {config.activation} is exactly zero nowhere, so no row may be skipped; choose --sparse=off, or "
@@ -119,6 +123,12 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
       "experiments/predictors.py, or choose --sparse=exact or --sparse=off."
     )
   return "off" if sparse == "auto" and candidates(config) == ["off"] else sparse
+
+
+def undecodable(config: ModelConfig) -> str:
+  """What a model has that the kernels do not know, "" for nothing."""
+  whole = config.activation.partition(":")[0] in WHOLE_ROWS
+  return f"the activation {config.activation}" if whole else "hidden_thresholds" if config.hidden_thresholds else ""
 
 
 def candidates(config: ModelConfig) -> list[str]:

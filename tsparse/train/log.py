@@ -67,6 +67,20 @@ def final_loss(workdir: Path, step: int, share: float = 0.05) -> float | None:
   return sum(losses) / len(losses) if losses and None not in losses else None
 
 
+TRACED = (
+  "step", "loss", "zero_fraction", "zeros_wanted", "penalty_weight", "sparsity_penalty", "distillation", "matching",
+  "swap_share",
+)  # fmt: skip
+
+
+def trace(workdir: Path, points: int = 200) -> dict[str, list]:
+  """What a recipe did, from metrics.jsonl: metric -> its values at up to about `points` steps, "step" among them."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+  lines = [line for line in lines if "loss" in line]
+  lines = lines[:: max(1, len(lines) // points)]
+  return {name: [line[name] for line in lines] for name in TRACED if lines and all(name in line for line in lines)}
+
+
 class Board:
   """TensorBoard's files, written at once: tensorboardX's own thread dies on a full disk, and its queue then blocks."""
 

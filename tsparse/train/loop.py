@@ -167,6 +167,23 @@ def initial_state(
   return TrainState(step=step, params=params, opt_state=make(params), memory=memory), tokens_seen
 
 
+def first_rows(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, seed: int, tokens: int) -> dict[str, Any]:
+  """Rows of the training data in one batch [B, T], of `tokens` tokens or a little more; with the seed of a training
+  those that it reads first."""
+  settings = config.train
+  data = train_iterator(
+    config.data,
+    seq_len=settings.seq_len,
+    batch_size=settings.batch_size,
+    seed=seed,
+    rows=sharding.local_rows(mesh, settings.batch_size),
+  )
+  rows, divisor = -(-tokens // settings.seq_len), sharding.shard_count(mesh, "B")
+  batches = [next(data) for _ in range(-(-rows // settings.batch_size))]
+  rows = min(-(-rows // divisor) * divisor, settings.batch_size * len(batches))
+  return {name: np.concatenate([batch[name] for batch in batches])[:rows] for name in batches[0]}
+
+
 def made_ready(
   run: Run, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, source: Source, params: Any, tokens_seen: int
 ) -> Any:
@@ -174,19 +191,7 @@ def made_ready(
   steps = recipes_start.parse(config.sparsity.start)
   if not steps or source.config.activation == config.activation:
     return params
-  settings = config.train
-  data = train_iterator(
-    config.data,
-    seq_len=settings.seq_len,
-    batch_size=settings.batch_size,
-    seed=data_seed(config.seed, tokens_seen),
-    rows=sharding.local_rows(mesh, settings.batch_size),
-  )
-  rows = -(-recipes_start.TOKENS // settings.seq_len)
-  batches = [next(data) for _ in range(-(-rows // settings.batch_size))]
-  divisor = sharding.shard_count(mesh, "B")
-  rows = min(-(-rows // divisor) * divisor, settings.batch_size * len(batches))
-  batch = {name: np.concatenate([batch[name] for batch in batches])[:rows] for name in batches[0]}
+  batch = first_rows(config, mesh, data_seed(config.seed, tokens_seen), recipes_start.TOKENS)
   old = Transformer(dataclasses.replace(run.model.config, activation=source.config.activation))
   params = recipes_start.start(old, run.model, params, sharding.place(batch, mesh), steps)
   return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.target.params)

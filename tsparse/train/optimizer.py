@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 from tsparse.recipes import trained
+from tsparse.recipes.lowrank import Factors
 from tsparse.sharding import path_name
 
 NOT_DECAYED = r".*(norm|bias|threshold)"  # scales, biases, and thresholds of predictors, which have no gradient
@@ -54,6 +55,17 @@ def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings
     replicated: the NamedSharding of everything else.
   """
   state = jax.eval_shape(tx.init, params)
+
+  def like(moment: Any, sharding: Any) -> Any:
+    if isinstance(moment, optax.MaskedNode):  # of a parameter that is not trained
+      return moment
+    return jax.tree.map(lambda _: replicated, moment) if isinstance(moment, Factors) else sharding
+
   return optax.tree_utils.tree_map_params(
-    tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated
+    tx,
+    like,
+    state,
+    shardings,
+    transform_non_params=lambda _: replicated,
+    is_leaf=lambda x: isinstance(x, (optax.MaskedNode, Factors)),
   )

@@ -1,0 +1,268 @@
+"""Recipes in the training step and loop: resumed, sharded, in microbatches, with a teacher; what is refused."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from configs import default
+from tests.train.test_alive import HELD_OUT
+from tests.train.test_step import batch
+from tsparse import sharding
+from tsparse import workdir as workdirs
+from tsparse.check import check_step
+from tsparse.errors import UserError
+from tsparse.models.config import model_config
+from tsparse.models.transformer import Transformer, init_parameters, token_losses
+from tsparse.recipes import guards, start, thresholds, trained
+from tsparse.recipes.recipe import plain, recipe_of
+from tsparse.recipes.teacher import teacher_of
+from tsparse.train.loop import Source, compiled_step, initial_state, prepare, train
+
+
+def small(text="stdlib", sparsity=(), train=(), **model):
+  config = default.get_config()
+  config.activation = "drelu"
+  config.model.update({"num_layers": 2, "d_model": 16, "d_ff": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8})
+  config.model.update(model)
+  config.data.train = str(text)
+  config.train.update({"steps": 8, "warmup_steps": 2, "seq_len": 16, "batch_size": 8, "checkpoint_every": 4})
+  config.train.update({"log_every": 1, "eval_every": 100, "eval_batches": 1, **dict(train)})
+  config.sparsity.update(dict(sparsity))
+  return config
+
+
+def source(config, seed=3):
+  """A random SwiGLU model of the config's shape."""
+  model = Transformer(dataclasses.replace(model_config(config), activation="swiglu", hidden_thresholds=False))
+
+  def restore(target):
+    del target
+    return jax.jit(functools.partial(init_parameters, model))(jax.random.key(seed)), 0
+
+  return Source(restore, model.config)
+
+
+def one_device():
+  return sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+
+
+ALL = {
+  "sparsity": {"target": 0.9, "per_layer": True, "penalty": "log", "start": "refit,signs", "swap_until": 0.25,
+               "dead_after": 2, "revive_every": 3},
+  "train": {"distill_weight": 0.6, "distill_top_k": 5, "match_until": 0.25, "microbatches": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text") / "text.jsonl"
+  path.write_text("".join(json.dumps({"text": f"{i} bottles of beer on the wall, {i * i} green"}) + "\n" for i in range(200)))
+  return path
+
+
+def go(config, workdir):
+  mesh, begins = one_device(), source(config)
+  with jax.set_mesh(mesh), workdirs.claim(workdir, config):
+    train(config, workdir, mesh, HELD_OUT, Console(quiet=True), "training", begins, None, begins)
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [{k: v for k, v in line.items() if "seconds" not in k and "_per_second" not in k and "wait" not in k}
+          for line in lines if "loss" in line]  # fmt: skip
+
+
+def test_a_recipe_resumes_bit_for_bit_the_controller_included(text, tmp_path):
+  config = small(text, **ALL)
+  whole = go(config, tmp_path / "whole")
+  shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+  shutil.rmtree(tmp_path / "torn" / "checkpoints" / "8")
+  assert go(config, tmp_path / "torn") == whole
+  assert [line["swap_share"] for line in whole[:4]] == [0, 0.5, 1, 1]
+  assert [line["matching"] > 0 for line in whole] == [True] * 2 + [False] * 6
+  assert [line["distillation"] > 0 for line in whole] == [False] * 2 + [True] * 6
+  weights = np.array([line["penalty_weight"] for line in whole])
+  assert weights.shape == (8, 2) and (weights[:2] == 0).all() and (weights[2:4] == np.float32(1e-3)).all()
+  assert (weights[5:] > 1e-3).all() and len(np.unique(weights[5:])) > 3  # every layer's own
+  assert all(line["zeros_wanted"][0] <= 0.9 for line in whole) and len(whole[-1]["dead_neurons_per_layer"]) == 2
+
+
+def losses(config, devices=1, steps=4, **sizes):
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | sizes, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    run = prepare(config, mesh)
+    begins = source(config)
+    params = jax.device_put(begins.restore(None)[0], jax.tree.map(lambda x: x.sharding, run.target.params))
+    own = run.teacher and run.teacher.own(jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.own)))
+    own = jax.tree.map(jnp.copy, own)
+    state, _ = initial_state(run, 0, lambda _: (params, 0))
+    step, found = compiled_step(run, config), []
+    for i in range(steps):
+      placed = sharding.place(batch(i), mesh)
+      state, metrics = step(state, placed, own) if run.teacher else step(state, placed)
+      found.append(np.asarray([metrics["loss"], metrics["grad_norm"], metrics.get("sparsity_penalty", 0)]))
+  return np.array(found), state
+
+
+MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "dense_layers": 1,
+       "dense_d_ff": 32}  # fmt: skip
+OF_MOE = {"sparsity": {"penalty_weight": 0.01, "swap_until": 0.25}, "train": {"distill_weight": 0.5, "match_until": 0.1}}
+
+
+def test_a_recipe_does_not_depend_on_the_mesh_nor_on_how_experts_are_computed():
+  wanted, _ = losses(small(**OF_MOE, moe_impl="dense", **MOE))
+  assert (wanted[:, 2] > 0).sum() == 3  # while FFNs are matched, nothing is penalised
+  np.testing.assert_allclose(losses(small(**OF_MOE, moe_impl="ragged", **MOE))[0], wanted, rtol=1e-4)
+  sharded, _ = losses(small(**OF_MOE, moe_impl="ep_allgather", **MOE), 8, fsdp=2, tensor=2, expert=2)
+  np.testing.assert_allclose(sharded, wanted, rtol=1e-4)
+
+
+def test_the_terms_of_the_loss_are_their_definitions():
+  config = small(sparsity={"penalty_weight": 0.02}, train={"distill_weight": 0.4, "distill_temperature": 2.0})
+  run = prepare(config, one_device())
+  params, model = source(config).restore(None)[0], run.model
+  one = batch(0)
+  logits = {act: Transformer(dataclasses.replace(model.config, activation=act)).apply({"params": params}, one["inputs"],
+            one["segment_ids"], one["positions"])[0] for act in ("drelu", "swiglu")}  # fmt: skip
+  real = one["segment_ids"] > 0
+  q, p = (jax.nn.log_softmax(logits[act] / 2.0) for act in ("drelu", "swiglu"))
+  kl = np.asarray(jnp.sum(jnp.exp(p) * (p - q), -1))[real].mean()
+  (_, (loss, _, penalty)), _ = losses(config, steps=2)[0], None
+  (loss, _, penalty), *_ = losses(config, steps=1)[0]
+  np.testing.assert_allclose(loss, np.asarray(token_losses(model, params, one)[0])[real].mean(), rtol=1e-5)
+  state = initial_state(run, 0, lambda _: (params, 0))[0]
+  metrics = compiled_step(run, config)(jax.tree.map(jnp.copy, state), one, params)[1]
+  np.testing.assert_allclose(metrics["distillation"], 0.4 * 4 * kl, rtol=1e-4)
+  assert penalty == pytest.approx(float(metrics["sparsity_penalty"])) and penalty > 0
+
+
+def test_what_the_rules_freeze_stays_and_is_shared_with_the_teacher():
+  rules = r"embed|head=0; .*norm=0.5; layers/attention/.*=lora:2; (layers|first)/ffn/.*=1"
+  config = small(train={"rules": rules, "distill_weight": 0.5})
+  before = source(config).restore(None)[0]
+  run = prepare(config, one_device())
+  own = run.teacher.own(run.own)
+  assert own["embed"] is None and own["layers"]["ffn"]["gate"] is not None
+  moments = [x.shape for x in jax.tree.leaves(run.target.opt_state)]
+  assert before["embed"].shape not in moments and (2, 16, 2) in moments  # none of the frozen, factors of rank 2
+  _, state = losses(config)
+  change = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before)
+  assert not change["embed"].any() and change["layers"]["ffn"]["down"].any() and change["final_norm"].any()
+  query = change["layers"]["attention"]["query"].reshape(2, 16, -1)
+  assert (np.linalg.matrix_rank(query, tol=1e-6) <= 2).all() and query.any()
+
+  whole = trained.only_trained(optax.identity(), optax.sgd(1.0), trained.actions(trained.parse(".*norm=0.25;.*=1"), before))
+  updates, _ = whole.update(jax.tree.map(jnp.ones_like, before), whole.init(before), before)
+  assert (updates["final_norm"] == -0.25).all() and (updates["embed"] == -1).all()
+
+
+def test_turning_neurons_over_changes_nothing_of_swiglu_and_refitting_helps_drelu():
+  for model in ({}, MOE | {"moe_impl": "dense", "shared_gate": True}):
+    config = small(**model)
+    begins = source(config)
+    old, new = Transformer(begins.config), Transformer(model_config(config))
+    params, one = begins.restore(None)[0], batch(0)
+    out = lambda model, params: np.asarray(  # noqa: E731
+      model.apply({"params": params}, one["inputs"], one["segment_ids"], one["positions"])[0]
+    )[one["segment_ids"] > 0]  # fmt: skip
+    wanted, swapped = out(old, params), out(new, params)
+    turned = start.start(old, new, jax.tree.map(jnp.copy, params), one, ("signs",))
+    np.testing.assert_allclose(out(old, turned), wanted, atol=2e-5)
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (turned, params)), strict=True))
+    fitted = out(new, start.start(old, new, params, one, ("signs", "refit")))
+    assert np.square(fitted - wanted).sum() < 0.5 * np.square(swapped - wanted).sum()
+
+
+def test_dead_neurons_are_counted_and_revived_without_a_change():
+  config = small(sparsity={"dead_after": 2})
+  run = prepare(config, one_device())
+  params = jax.tree.map(jnp.copy, source(config).restore(None)[0])
+  params["layers"]["ffn"]["up"] = params["layers"]["ffn"]["up"].at[1, :, 5].set(0)
+  state, _ = initial_state(run, 0, lambda _: (params, 0))
+  step = compiled_step(run, config)
+  for i in range(2):
+    state, metrics = step(state, batch(i))
+  dead = np.asarray(guards.dead(state.memory["idle"], 2)["ffn"])[:, 0]
+  assert dead[1, 5] and metrics["dead_neurons_per_layer"].tolist() == dead.sum(1).tolist()
+  told = set()
+  assert any("layer 1" in sentence for sentence in guards.alarms(metrics, told, 2))
+  assert guards.alarms(metrics, told, 2) == []
+  assert "all zeros" in guards.alarms({"zero_fraction_per_layer": [0.5, 1.0]}, told, 2)[0]
+
+  revived, opt_state, idle = guards.revive(state.params, state.opt_state, state.memory["idle"], run.tx, 2, jax.random.key(0))
+  outputs = [run.model.apply({"params": p}, *(batch(1)[k] for k in ("inputs", "segment_ids", "positions")))[0]
+             for p in (state.params, revived)]  # fmt: skip
+  np.testing.assert_array_equal(*outputs)
+  ffn = revived["layers"]["ffn"]
+  norms = np.linalg.norm(ffn["gate"][1], axis=0)
+  assert norms[5] == pytest.approx(norms[~dead[1]].mean(), rel=1e-4) and not ffn["down"][1, 5].any()
+  np.testing.assert_array_equal(ffn["gate"][1][:, ~dead[1]], state.params["layers"]["ffn"]["gate"][1][:, ~dead[1]])
+  adam = next(s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+  assert not adam.nu["layers"]["ffn"]["gate"][1, :, 5].any() and not np.asarray(idle["ffn"]["neurons"])[dead[:, None]].any()
+
+
+def test_thresholds_are_parameters_that_a_source_without_them_gets():
+  config = small(sparsity={"threshold": 0.02, "penalty_weight": 0.01}, hidden_thresholds=True)
+  run, begins = prepare(config, one_device()), source(config)
+  restore = thresholds.restored_with(begins.restore, begins.config, {"ffn": 2}, 0.02)
+  params, _ = restore(run.target.params)
+  assert params["layers"]["ffn"]["threshold"].tolist() == [np.float32(0.02)] * 2
+  assert jax.tree.structure(thresholds.without(params)) == jax.tree.structure(begins.restore(None)[0])
+  state, _ = initial_state(run, 0, lambda _: (params, 0))
+  state, metrics = compiled_step(run, config)(state, batch(0))
+  state, _ = compiled_step(run, config)(state, batch(0))
+  assert (np.asarray(state.params["layers"]["ffn"]["threshold"]) != 0.02).all() and metrics["zero_fraction"] > 0.75
+
+
+def test_without_a_recipe_there_is_none():
+  config = small(**ALL)
+  assert recipe_of(config).on and not recipe_of(plain(config)).on and plain(config) == small()
+  run = prepare(plain(config), one_device())
+  assert run.recipe is None and run.teacher is None and run.target.memory is None
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    ({"sparsity.target": 1.0}, "config.sparsity.target is 1.0: it is a share of zeros, between 0 and 1"),
+    ({"sparsity.target": -0.5}, "config.sparsity.target is -0.5"),
+    ({"sparsity.target": 0.9, "activation": "swiglu"}, "config.activation swiglu, whose hidden is never made zero"),
+    ({"sparsity.swap_until": 1.2}, "sparsity.swap_until is 1.2 and would end after training"),
+    ({"sparsity.stages": "0:0,1.5:1e-3"}, "ends after training"),
+    ({"sparsity.target": 0.9, "sparsity.stages": "0:1"}, "either a controller or a schedule"),
+    ({"sparsity.target": 0.9, "sparsity.swap_until": 0.8}, "starts after swap_until"),
+    ({"sparsity.swap_until": 0.5, "activation": "relu2"}, "the way from swiglu is to drelu or relu"),
+    ({"sparsity.penalty": "l2"}, "choose of l1, log"),
+    ({"sparsity.start": "sign"}, "choose of signs, refit"),
+    ({"sparsity.threshold": 0.1}, "set config.model.hidden_thresholds"),
+    ({"sparsity.revive_every": 5}, "say after how many steps"),
+    ({"train.distill_weight": 1.5}, "between 0 and 1"),
+    ({"train.distill_top_k": 9999}, "below the vocabulary"),
+    ({"train.rules": "layers/fnn/.*=1; .*=0"}, "match no parameter"),
+    ({"train.rules": "layers/.*=1"}, "matches none of the rules"),
+    ({"train.rules": ".*=0"}, "nothing left to train"),
+    ({"train.rules": ".*=lora:4"}, "give embed and vectors a number"),
+    ({"train.rules": "(=1"}, "no regular expression"),
+    ({"train.rules": ".*=fast"}, "not REGEX=ACTION"),
+  ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(changes, sentence):
+  config = small()
+  for field, value in changes.items():
+    section, _, name = field.rpartition(".")
+    (config[section] if section else config)[name] = value
+  with pytest.raises(UserError, match=sentence):
+    check_step(config, one_device(), "cpu")
+
+
+def test_a_teacher_of_another_shape_shares_nothing():
+  config = small(train={"rules": "embed=0; .*=1"})
+  shapes = prepare(config, one_device()).target.params
+  model = model_config(config)
+  assert teacher_of(model, model, "embed=0; .*=1", shapes, True).shared["embed"]
+  assert teacher_of(dataclasses.replace(model, d_model=32), model, "embed=0; .*=1", shapes, False).shared is None

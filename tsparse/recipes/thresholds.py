@@ -1,0 +1,102 @@
+"""Thresholds of the hidden that a recipe gives a model: in the parameters it starts from, or after its training.
+
+After training (analysis/calibrate.py) each layer gets the threshold that, with those of the others, makes the asked
+share of zeros at the least loss: levels are raised one layer at a time, always where the next one costs least, as TEAL
+does greedily in each block (arXiv 2408.14690, where the cost is the error of the block's output). The cost of a level
+is here the loss with this layer alone at it; the costs of layers are taken to add up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsparse.models.config import ModelConfig
+
+
+
+def without(tree: Any) -> Any:
+  """Parameters (or shapes) without the thresholds."""
+  if not isinstance(tree, Mapping):
+    return tree
+  of_ffn = {"gate", "up", "down"} <= set(tree)
+  return {name: without(leaf) for name, leaf in tree.items() if not (of_ffn and name == "threshold")}
+
+
+def put(params: Any, theta: Mapping[str, Any]) -> Any:
+  """Parameters with the thresholds of the layers of each kind of FFN, [L] each."""
+  where = {"ffn": ("layers", False), "shared": ("layers", True), "first": ("first", False)}
+  for kind, values in theta.items():
+    stack, shared = where[kind]
+    ffn, new = params[stack]["ffn"], {"threshold": values}
+    ffn = ffn | ({"shared": ffn["shared"] | new} if shared else new)
+    params = params | {stack: params[stack] | {"ffn": ffn}}
+  return params
+
+
+def restored_with(
+  restore: Callable[[Any], tuple[Any, int]], source: ModelConfig, kinds: Mapping[str, int], value: float
+) -> Callable[[Any], tuple[Any, int]]:
+  """`restore` of a model of `source` for one that has thresholds: they are `value` where the source has none.
+
+  Args:
+    restore: (target) -> (parameters, tokens seen).
+    source: what is stored.
+    kinds: number of layers of each kind of FFN.
+    value: of the thresholds.
+  """
+
+  def restored(target: Any) -> tuple[Any, int]:
+    if source.hidden_thresholds or without(target) == target:
+      return restore(target)
+    params, tokens = restore(without(target))
+    like = {"ffn": lambda t: t["layers"]["ffn"]["threshold"], "first": lambda t: t["first"]["ffn"]["threshold"],
+            "shared": lambda t: t["layers"]["ffn"]["shared"]["threshold"]}  # fmt: skip
+    full = {
+      kind: jax.device_put(jnp.full((length,), value, jnp.float32), like[kind](target).sharding)
+      for kind, length in kinds.items()
+    }
+    return put(params, full), tokens
+
+  return restored
+
+
+def greedy(costs: np.ndarray, zeros: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:
+  """The level of each layer, [N] int: raised one at a time where a zero more costs least, until the target is met.
+
+  Args:
+    costs: [N, G], loss of the model with layer n alone at level g; its first column that of the model as it is.
+    zeros: [N, G], zeros of layer n at level g, not falling.
+    weights: [N], share of the entries of the hidden that are the layer's.
+    target: share of zeros of the model.
+  """
+  costs = np.maximum.accumulate(costs, axis=1)  # noise apart a higher level does not cost less
+  at = np.zeros(len(costs), int)
+  rows = np.arange(len(costs))
+  while weights @ zeros[rows, at] < target - 1e-9:
+    step = np.minimum(at + 1, costs.shape[1] - 1)
+    gained = weights * (zeros[rows, step] - zeros[rows, at])
+    price = np.where(gained > 0, (costs[rows, step] - costs[rows, at]) / np.maximum(gained, 1e-12), np.inf)
+    price = np.where((gained <= 0) & (step > at), -np.inf, price)  # a level that is met already is free
+    if np.all(step == at):
+      break
+    at[np.argmin(np.where(step > at, price, np.inf))] += 1
+  return at
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+  """What a calibration found.
+
+  Attributes:
+    theta: by kind of FFN, [L] float32.
+    zeros: share that each layer is to have, in the order of theta.
+    target: what was asked for.
+  """
+
+  theta: dict[str, np.ndarray]
+  zeros: Sequence[float]
+  target: float

@@ -92,6 +92,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
 
   config.analysis = ConfigDict()
   config.analysis.levels = (0.0, 0.5, 0.8, 0.85, 0.9)  # sparsities of the masked-perplexity curve (paper, Table 3)
+  config.analysis.thresholds = False  # CATS, TEAL and the other thresholds without training, of the control
   config.analysis.tokens = 65_536  # held-out tokens
   config.analysis.batch_size = 16  # rows of one forward pass
   return config

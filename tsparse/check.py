@@ -48,6 +48,8 @@ def check(config: ml_collections.ConfigDict):
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
+  if "control" in config and config.control.workdir:
+    check_init(open_model(Path(config.control.workdir)), config, model_config(config), "control.workdir")
   check_recipe(config)
   check_data(config.data, config.model.vocab_size)
 
@@ -105,7 +107,8 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
   rows_per_lane(settings.batch_size, data_settings(config.data).lanes)
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
-  run = prepare(config, mesh)
+  path = settings.distill_teacher
+  run = prepare(config, mesh, open_model(Path(path)).config if path else None)
   own = run.teacher and run.teacher.own(run.own)
   return memory.training_bytes(model, run.target, rows_per_device, settings.seq_len, platform, mesh.shape, own)
 
@@ -163,8 +166,8 @@ def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platf
     raise UserError(f"config.train.router_jitter is {settings.router_jitter}; it must be below 1.")
 
 
-def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig):
-  """Raises UserError when the checkpoint `init` is no start for `config`: other architecture or vocabulary."""
+def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig, field: str = "init"):
+  """Raises UserError when the checkpoint `init` of `config.FIELD` is of another architecture or vocabulary."""
   free = (*FREE_FIELDS, *([] if init.config.hidden_thresholds else ["hidden_thresholds"]))  # it may get some
   changed = [
     f"{field.name} is {getattr(init.config, field.name)} there and {getattr(model, field.name)} here"
@@ -173,11 +176,12 @@ def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfi
   ]
   if changed:
     raise UserError(
-      f"config.init {init.path} holds another architecture: {', '.join(changed)}. Set config.model to the checkpoint's."
+      f"config.{field} {init.path} holds another architecture: {', '.join(changed)}. Set config.model to "
+      "the checkpoint's."
     )
   theirs, ours = init.vocabulary, config.data.vocabulary
   if not same_tokenizer(load_tokenizer(theirs), load_tokenizer(ours)):
     raise UserError(
-      f"config.init {init.path} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: "
+      f"config.{field} {init.path} was trained with the vocabulary {theirs!r} and config.data.vocabulary is {ours!r}: "
       "token ids would mean other things; use the checkpoint's."
     )

@@ -16,6 +16,7 @@ from rich.console import Console
 from tsparse import files, hosts, sharding
 from tsparse import workdir as workdirs
 from tsparse.activations import activation
+from tsparse.analysis import gap
 from tsparse.analysis.report import print_table, write_report
 from tsparse.analysis.run import Case, analyze_cases
 from tsparse.calibrated import calibrated
@@ -175,7 +176,7 @@ def analyze_stages(
     cases = [("base", start, before, config.analysis.levels)]
     if control := control_folder(main):
       kept = open_model(control)
-      cases.append(("control", kept, kept.config.activation, config.analysis.levels))
+      cases.append((gap.CONTROL, kept, kept.config.activation, config.analysis.levels))
     if before != model.activation:
       cases.append(("swapped", start, model.activation, ()))
     name = "recovered" if before != model.activation else "trained"
@@ -200,6 +201,7 @@ def analyze_stages(
         held_out,
         text,
         levels,
+        parts=("counts", "thresholds") if name == gap.CONTROL and config.analysis.thresholds else ("counts",),
         by_source=by_source,
       )
       for name, stored, act, levels in cases

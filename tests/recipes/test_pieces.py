@@ -87,7 +87,11 @@ def test_the_controller_is_the_pi_controller_of_its_formula_and_brings_a_plant_t
       smooth = SMOOTHING * mine["z"] + (1 - SMOOTHING) * z
       setpoint = mine["start"] + min((step - 10) / 400, 1) * (0.9 - mine["start"])
       e = setpoint - smooth
-      mine |= {"log": np.clip(mine["log"] + INTEGRAL / 400 * e + PROPORTIONAL * (e - mine["e"]), -14, 0), "z": smooth, "e": e}
+      mine |= {
+        "log": np.clip(mine["log"] + INTEGRAL / 400 * e + PROPORTIONAL * (e - mine["e"]), -14, 0),
+        "z": smooth,
+        "e": e,
+      }
     if step < 30:
       np.testing.assert_allclose(state.log_weight, np.broadcast_to(mine["log"], 2), rtol=1e-4)
     z = plant(np.exp(np.asarray(state.log_weight)), z)
@@ -118,12 +122,15 @@ def test_distillation_is_that_of_the_whole_logits(reads):
       p, q = (jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
     return nll, jax.nn.logsumexp(logits, axis=-1), jnp.sum(p * jnp.log(p / q), -1)
 
+  def mix(f):
+    return lambda *args: jnp.sum(weight * (0.3 * f(*args)[0] + 0.7 * f(*args)[2]))
+
   whole = None
   for temperature, top_k in ((2.0, 0), (2.0, 7)):
+
     def ours(hidden, head, temperature=temperature, top_k=top_k):
       return distilled_cross_entropy(Read(hidden, head, 3.0), teacher, targets, temperature, top_k)
 
-    mix = lambda f: lambda *args: jnp.sum(weight * (0.3 * f(*args)[0] + 0.7 * f(*args)[2]))  # noqa: E731
     args = student.hidden, student.head
     wanted = oracle(*args, temperature, top_k)
     found = jax.jit(ours)(*args)
@@ -139,7 +146,9 @@ def test_distillation_is_that_of_the_whole_logits(reads):
 
 def test_distillation_never_holds_the_logits_of_a_batch(reads):
   student, teacher, targets = reads
-  program = jax.make_jaxpr(jax.grad(lambda h: distilled_cross_entropy(student._replace(hidden=h), teacher, targets)[2].sum()))
+  program = jax.make_jaxpr(
+    jax.grad(lambda h: distilled_cross_entropy(student._replace(hidden=h), teacher, targets)[2].sum())
+  )
   from tests.train.test_step import arrays
 
   sizes = [aval.size for aval in arrays(program(student.hidden).jaxpr) if 40 in aval.shape and aval.ndim > 2]

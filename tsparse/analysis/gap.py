@@ -18,7 +18,7 @@ def control_of(models: list[dict]) -> dict | None:
 
 
 def gaps(models: list[dict], comparisons: list[dict]) -> Iterator[tuple[dict, float, list[float] | None]]:
-  """(model, gap, interval) of each model that was compared with the control, those of other activations alone."""
+  """(model, gap, interval) of each model with zeros that was compared with the control."""
   control = control_of(models)
   for pair in comparisons if control else ():
     if CONTROL not in pair["models"] or pair["difference"] is None:
@@ -26,7 +26,7 @@ def gaps(models: list[dict], comparisons: list[dict]) -> Iterator[tuple[dict, fl
     sign = 1 if pair["models"][0] == CONTROL else -1
     name = pair["models"][pair["models"].index(CONTROL) - 1]
     model = next(m for m in models if m["name"] == name)
-    if model["activation"] != control["activation"] or "calibrated" in model:
+    if model["zero_fraction"]["mean"]:
       bounds = pair["interval"]
       yield model, sign * pair["difference"], bounds and sorted(sign * bound for bound in bounds)
 

@@ -223,8 +223,7 @@ def _requirements(
   )
   yield (
     not sparsity.target or sparsity.target_by > max(sparsity.swap_until, train.match_until),
-    f"sparsity.target_by is {sparsity.target_by}: the controller starts after swap_until and match_until and is "
-    "later",
+    f"sparsity.target_by is {sparsity.target_by}: the controller starts after swap_until and match_until and is later",
   )
   thresholds = model.hidden_thresholds
   yield (

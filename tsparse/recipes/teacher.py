@@ -8,6 +8,7 @@ import jax
 from tsparse.models.config import ModelConfig
 from tsparse.models.transformer import Transformer
 from tsparse.recipes import trained
+from tsparse.sharding import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Teacher:
     return jax.tree.map(lambda s, mine, theirs: theirs if s else mine, self.shared, own, student)
 
 
-def teacher_of(config: ModelConfig, like: ModelConfig, rules: str, shapes: Any, is_start: bool) -> Teacher:
+def teacher_of(
+  config: ModelConfig, like: ModelConfig, rules: str, shapes: Any, is_start: bool, made_ready: bool = False
+) -> Teacher:
   """The teacher of architecture `config`, computed as the student `like` is.
 
   Args:
@@ -41,8 +44,11 @@ def teacher_of(config: ModelConfig, like: ModelConfig, rules: str, shapes: Any, 
     like: of the student.
     rules: config.train.rules.
     shapes: of the student's parameters.
-    is_start: the student starts from this very model, so that what the rules freeze stays the same in both.
+    is_start: the student starts from this very model, so that what the rules freeze stays the same in both,
+    made_ready: but for its FFNs, which are changed before the first step (recipes/start.py).
   """
   model = dataclasses.replace(config, dtype=like.dtype, remat=like.remat, moe_impl=like.moe_impl)
   shared = trained.frozen(trained.actions(trained.parse(rules), shapes)) if is_start and rules else None
+  if shared and made_ready:
+    shared = jax.tree_util.tree_map_with_path(lambda path, s: s and "/ffn/" not in path_name(path), shared)
   return Teacher(Transformer(model), shared if shared and any(jax.tree.leaves(shared)) else None)

@@ -17,7 +17,6 @@ import numpy as np
 from tsparse.models.config import ModelConfig
 
 
-
 def without(tree: Any) -> Any:
   """Parameters (or shapes) without the thresholds."""
   if not isinstance(tree, Mapping):

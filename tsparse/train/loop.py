@@ -115,7 +115,14 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher:
   if not recipe.teacher:
     return Run(model, tx, target, recipe)
   theirs = teacher or dataclasses.replace(model.config, activation=DENSE)
-  teacher = teacher_of(theirs, model.config, config.train.rules, shapes, not config.train.distill_teacher)
+  teacher = teacher_of(
+    theirs,
+    model.config,
+    config.train.rules,
+    shapes,
+    is_start=not config.train.distill_teacher,
+    made_ready=bool(config.sparsity.start),
+  )
   shapes, logical = abstract_parameters(teacher.model)
   own = checkpoint.abstract(shapes, sharding.shardings(mesh, logical))
   return Run(model, tx, target, recipe, teacher, own)

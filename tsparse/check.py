@@ -48,7 +48,7 @@ def check(config: ml_collections.ConfigDict):
   memory.check_fits(needed, memory.device_bytes(jax.local_devices()), config.name, config.smaller, config.model.remat)
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
-  if "control" in config and config.control.workdir:
+  if "control" in config and config.control.get("workdir", ""):
     check_init(open_model(Path(config.control.workdir)), config, model_config(config), "control.workdir")
   check_recipe(config)
   check_data(config.data, config.model.vocab_size)

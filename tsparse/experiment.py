@@ -220,7 +220,8 @@ def control_folder(main: Stage) -> Path | None:
   """Where the control of an experiment is, if it has one."""
   if "control" not in main.config:
     return None
-  return Path(main.config.control.workdir) if main.config.control.workdir else main.folder / "control"
+  elsewhere = main.config.control.get("workdir", "")
+  return Path(elsewhere) if elsewhere else main.folder / "control"
 
 
 def text_name(data: ml_collections.ConfigDict) -> str:

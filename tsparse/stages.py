@@ -61,7 +61,7 @@ def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
   if base:
     init = workdir / "base"
     found.append(Stage("base", base, init, None, f"base ({base.activation})", "config.base: "))
-  if "control" in config and not config.control.workdir:
+  if "control" in config and not config.control.get("workdir", ""):
     found.append(control_of(config, workdir, init))
   found.append(Stage("main", config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})"))
   for name in phase_names(config):
@@ -82,7 +82,8 @@ def control_of(config: ml_collections.ConfigDict, workdir: Path, init: Path | No
     raise UserError("config.control: there is no config.init and no config.base that the control could start from.")
   control = recipe.plain(_alone(config, "control"))
   control.activation = config.base.activation if not config.init else open_model(Path(config.init)).config.activation
-  control.train.update(config.control.train)
+  for key, value in config.control.get("train", {}).items():
+    _set(control.train, key, value, "config.control.train")
   return Stage("control", control, workdir / "control", init, f"control ({control.activation})", "config.control: ")
 
 

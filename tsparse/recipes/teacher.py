@@ -8,6 +8,7 @@ import jax
 from tsparse.models.config import ModelConfig
 from tsparse.models.transformer import Transformer
 from tsparse.recipes import trained
+from tsparse.recipes.thresholds import without
 from tsparse.sharding import path_name
 
 
@@ -31,6 +32,7 @@ class Teacher:
     """All parameters of the teacher, of its own and the student's."""
     if self.shared is None:
       return own
+    student = student if self.model.config.hidden_thresholds else without(student)
     return jax.tree.map(lambda s, mine, theirs: theirs if s else mine, self.shared, own, student)
 
 
@@ -51,4 +53,6 @@ def teacher_of(
   shared = trained.frozen(trained.actions(trained.parse(rules), shapes)) if is_start and rules else None
   if shared and made_ready:
     shared = jax.tree_util.tree_map_with_path(lambda path, s: s and "/ffn/" not in path_name(path), shared)
+  if shared and not config.hidden_thresholds:
+    shared = without(shared)
   return Teacher(Transformer(model), shared if shared and any(jax.tree.leaves(shared)) else None)

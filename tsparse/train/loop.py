@@ -114,7 +114,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher:
     return Run(model, tx, target)
   if not recipe.teacher:
     return Run(model, tx, target, recipe)
-  theirs = teacher or dataclasses.replace(model.config, activation=DENSE)
+  theirs = teacher or dataclasses.replace(model.config, activation=DENSE, hidden_thresholds=False)
   teacher = teacher_of(
     theirs,
     model.config,
@@ -199,7 +199,8 @@ def made_ready(
   if not steps or source.config.activation == config.activation:
     return params
   batch = first_rows(config, mesh, data_seed(config.seed, tokens_seen), recipes_start.TOKENS)
-  old = Transformer(dataclasses.replace(run.model.config, activation=source.config.activation))
+  before = {name: getattr(source.config, name) for name in ("activation", "hidden_thresholds")}
+  old = Transformer(dataclasses.replace(run.model.config, **before))
   params = recipes_start.start(old, run.model, params, sharding.place(batch, mesh), steps)
   return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.target.params)
 

@@ -21,7 +21,8 @@ MODULES = {"tpu": tpu, "gpu": gpu}
 @pytest.fixture(scope="module")
 def experts():
   """Three tokens, the last of them padding, on two each of four experts with predictors, and what jnp makes of them."""
-  args = layer(3, 256, 160, jnp.bfloat16, experts=4, chosen=2, rank=8)
+  *args, predictor = layer(3, 256, 160, jnp.bfloat16, experts=4, chosen=2, rank=8)
+  args = *args, predictor._replace(threshold=jnp.array([0.0, 40.0, -30.0, 9.0]))
   return args, counted(reference, "off", "drelu", *args)
 
 

@@ -23,6 +23,7 @@ OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exis
 FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.init), hf, gguf or powerinfer.")
 ACTIVATION = flags.DEFINE_string("activation", "", "Activation of the result. Default: the source's.")
 UPCYCLE = flags.DEFINE_integer("upcycle", 0, "Copies the FFN of a dense model into so many experts. 0: none.")
+PREDICTORS = flags.DEFINE_string("predictors", None, "Their folder, for powerinfer. Default: MODEL/predictors.")
 DTYPE = flags.DEFINE_string("dtype", "", "Of the weights: float32, bfloat16, in a GGUF float16. Default: the source's.")
 
 
@@ -41,6 +42,7 @@ def main():
     activation=ACTIVATION.value,
     dtype=DTYPE.value,
     experts=UPCYCLE.value,
+    predictors=Path(PREDICTORS.value) if PREDICTORS.value else None,
     console=Console(),
   )
   config = model.config

@@ -17,6 +17,7 @@ from tsparse.convert.model import Model, open_model
 from tsparse.convert.upcycle import upcycle
 from tsparse.errors import UserError
 from tsparse.progress import ByteProgressLine, warn
+from tsparse.sparse.predictors import stored as trained
 
 Leaves = Mapping[str, Leaf]
 Plan = tuple[Leaves, Callable[[Leaves, Path], None]]
@@ -29,6 +30,7 @@ def convert(
   activation: str = "",
   dtype: str = "",
   experts: int = 0,
+  predictors: Path | None = None,
   console: Console | None = None,
 ) -> Model:
   """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened unless in a GGUF.
@@ -43,6 +45,8 @@ def convert(
     dtype: float32, bfloat16 or (of a GGUF's matrices) float16, of the weights written; "" keeps each as it is, float16
       as float32, but for powerinfer, where it is float16.
     experts: above 0, a dense model is upcycled to so many experts.
+    predictors: for powerinfer, a folder of experiments/predictors.py; None for those that the model holds, or for
+      `predictors` beside it.
     console: where progress is shown; nowhere by default.
 
   Raises:
@@ -57,7 +61,11 @@ def convert(
   if format in GGUF and out.suffix == ".gguf":
     raise UserError(f"--out={out}: the file is written into a folder, give its name without .gguf.")
   console = console or Console(quiet=True)
+  if predictors and format != "powerinfer":
+    raise UserError(f"--predictors={predictors} is for --format=powerinfer: leave it out.")
   model = open_model(source)
+  if format == "powerinfer":
+    model = with_predictors(model, predictors)
   leaves, tokens_seen = model.leaves()
   config = dataclasses.replace(model.config, activation=activation or model.config.activation)
   if experts:
@@ -69,6 +77,12 @@ def convert(
     shown = {name: counted(tensor, lambda amount: bar.advance(amount=amount)) for name, tensor in tensors.items()}
     write(shown, folder)
   return dataclasses.replace(model, path=out) if format in GGUF else open_model(out)
+
+
+def with_predictors(model: Model, given: Path | None) -> Model:
+  """The model with the predictors given, else, where it holds none, with those beside it, if there are any."""
+  folder = given or (None if model.config.predictor_ranks else trained.beside(model.path))
+  return model if folder is None else trained.merge(model, trained.load(folder, model))
 
 
 def _cast(leaves: Leaves, dtype: str) -> Leaves:

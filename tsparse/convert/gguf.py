@@ -11,7 +11,7 @@ PowerInfer's file (github.com/SJTU-IPADS/PowerInfer) differs in that
 - `down` is stored as ffn_down_t [F, D], a row for each neuron, and there is always an output.weight;
 - fc1 [R, D] and fc2 [F, R] are the predictor of a layer, which reads the residual stream before the FFN's norm. A
   neuron is computed where its logit >= powerinfer.sparse_threshold, one number for all layers; with us where it is
-  above a threshold of its layer.
+  above a threshold of its layer, so that fc2 is scaled where those differ.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from tsparse.convert.rules import Rule
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 from tsparse.models.rope import parse_scaling, rotary_frequencies
+from tsparse.sparse.predictors.stored import without_predictors
 
 BLOCK = "blk.{layer}."
 COMMON = (
@@ -99,6 +100,7 @@ class Plan:
     tensors: name -> Leaf of depth 0, in the order and the dtypes of the file.
     fields: what is called of a gguf.GGUFWriter, with its argument: `add_<name>(value)`.
     vocabulary: the tokenizer.
+    threshold: powerinfer.sparse_threshold; None is 0.
     warnings: sentences on what the file cannot say.
   """
 
@@ -108,6 +110,7 @@ class Plan:
   tensors: Mapping[str, Leaf]
   fields: Mapping[str, Any]
   vocabulary: Vocabulary
+  threshold: float | None = None
   warnings: tuple[str, ...] = ()
 
 
@@ -123,7 +126,7 @@ def plan_llama_cpp(model: Model, leaves: Mapping[str, Leaf], dtype: str) -> Plan
     UserError: llama.cpp has no architecture that computes such a model.
   """
   config, form = model.config, "--format=gguf"
-  kind = family_of(config)
+  kind = family_of(without_predictors(config))
   if kind not in LLAMA_CPP:
     raise UserError(f"{form} writes models like {', '.join(LLAMA_CPP)}; {model.path} is like {kind}: use --format=hf.")
   if config.activation != "swiglu" or config.predictor_ranks:
@@ -150,33 +153,58 @@ def plan_powerinfer(model: Model, leaves: Mapping[str, Leaf], dtype: str) -> Pla
     UserError: PowerInfer computes no such model, or the model holds no predictors that it could use.
   """
   config, form = model.config, "--format=powerinfer"
-  kind = family_of(config)
-  wrong = {
-    f"PowerInfer reads dense models like {' and '.join(POWERINFER_FAMILIES)}, and {model.path} is like {kind}": kind
-    not in POWERINFER_FAMILIES,
-    f"PowerInfer computes {' and '.join(POWERINFER)}, and {model.path} has the activation {config.activation}; give it "
-    "zeros first (experiments/run.py --config=configs/relufy.py:MODEL)": config.activation not in POWERINFER,
-    f"PowerInfer's file holds a neuron predictor for each layer, and {model.path} has none": not config.predictor_ranks,
-    "PowerInfer's predictors read the residual stream before the norm, and those of the model read it after": (
-      config.predictor_input == "after_norm"
-    ),
-    f"PowerInfer has heads of d_model / num_heads = {config.d_model} / {config.num_heads} entries, and the model's have"
-    f" {config.head_dim}": config.d_model != config.num_heads * config.head_dim,
-    "PowerInfer reads no bfloat16; choose float16 or float32": dtype == "bfloat16",
-  }
-  for sentence, holds in wrong.items():
+  for holds, sentence in unfit_for_powerinfer(model, dtype):
     if holds:
       raise UserError(f"{form}: {sentence}.")
   ours = COMMON + INTERLEAVED + GATE_UP + NEURONS + (TIED_HEAD if config.tie_embeddings else HEAD,)
-  tensors = typed(rules.to_theirs(ours, config, leaves), dtype or "float16")
+  tensors = rules.to_theirs(ours, config, leaves)
+  threshold = None
+  if config.predictor_thresholds:
+    threshold, factors = one_threshold(leaves["layers/ffn/predictor/threshold"].at(()))
+    for layer, factor in enumerate(factors):
+      name = BLOCK.format(layer=layer) + "fc2.weight"
+      tensors[name] = scaled(tensors[name], factor)
+  tensors = typed(tensors, dtype or "float16")
   fields, _ = rotary(config, form, ("linear",))
   plan = _plan("model.powerinfer.gguf", b"PWRI", POWERINFER[config.activation], model, tensors, fields)
   if plan.vocabulary.pre not in ("default", "gpt-2"):
-    raise UserError(f"{form}: PowerInfer cuts text as GPT-2 does, and {model.vocabulary} as {plan.vocabulary.pre}.")
-  if dtype == "float32":
-    sentence = "PowerInfer's CPU kernel takes ffn_down_t for float16 unless the file is quantised: quantise it first."
-    return dataclasses.replace(plan, warnings=(*plan.warnings, sentence))
-  return plan
+    raise UserError(
+      f"{form}: PowerInfer cuts text as GPT-2 does, and {model.vocabulary} is cut as {plan.vocabulary.pre}."
+    )
+  halves = "PowerInfer's CPU kernel takes ffn_down_t for float16 unless it is quantised: quantise the file first."
+  warnings = plan.warnings + ((halves,) if dtype == "float32" else ())
+  return dataclasses.replace(plan, threshold=threshold, warnings=warnings)
+
+
+def unfit_for_powerinfer(model: Model, dtype: str) -> list[tuple[bool, str]]:
+  """(whether it holds, what is wrong and what to do) of all that PowerInfer may lack for a model."""
+  config, path = model.config, model.path
+  kind = family_of(without_predictors(config))
+  known, computed = " and ".join(POWERINFER_FAMILIES), " and ".join(POWERINFER)
+  return [
+    (kind not in POWERINFER_FAMILIES, f"PowerInfer computes models like {known}, and {path} is like {kind}"),
+    (
+      config.activation not in POWERINFER,
+      f"PowerInfer computes {computed}, and the activation of {path} is {config.activation}: give it zeros first "
+      f"(experiments/run.py --config=configs/relufy.py:{path})",
+    ),
+    (
+      not config.predictor_ranks,
+      f"PowerInfer wants a neuron predictor for each layer, and {path} has none: train them by "
+      f"experiments/predictors.py --model={path}",
+    ),
+    (
+      config.predictor_input == "after_norm",
+      "PowerInfer's predictors read the residual stream before the norm, and these read it after: train others by "
+      "experiments/predictors.py --input=before_norm",
+    ),
+    (
+      config.d_model != config.num_heads * config.head_dim,
+      f"PowerInfer has heads of d_model / num_heads = {config.d_model} / {config.num_heads} entries, and the model's "
+      f"have {config.head_dim}",
+    ),
+    (dtype == "bfloat16", "PowerInfer reads no bfloat16: choose float16 or float32"),
+  ]
 
 
 def rotary(config: ModelConfig, form: str, known: tuple[str, ...]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -197,6 +225,34 @@ def rotary(config: ModelConfig, form: str, known: tuple[str, ...]) -> tuple[dict
   plain, _ = rotary_frequencies(config.head_dim, config.rope_theta)
   scaled, _ = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
   return fields, (plain / scaled).astype(np.float32)
+
+
+def one_threshold(thresholds: np.ndarray) -> tuple[float, np.ndarray]:
+  """A threshold for all layers, and what the logits of each are multiplied by, [L]: logit > t where f logit > f t.
+
+  Args:
+    thresholds: [L] float32.
+
+  Raises:
+    UserError: some are negative and others not, which no positive factors make equal.
+  """
+  if (thresholds == thresholds[0]).all():
+    return float(thresholds[0]), np.ones_like(thresholds)
+  signs = np.sign(thresholds)
+  if signs[0] == 0 or (signs != signs[0]).any():
+    raise UserError(
+      "--format=powerinfer: PowerInfer has one threshold for all layers, and those of the predictors are from "
+      f"{thresholds.min():g} to {thresholds.max():g}, across 0: train them for a higher --recall, which lowers all."
+    )
+  threshold = signs[0] * np.exp(np.log(np.abs(thresholds)).mean())
+  return float(threshold), threshold / thresholds
+
+
+def scaled(leaf: Leaf, factor: float) -> Leaf:
+  """The tensor times a number, in float32."""
+  if factor == 1:
+    return leaf
+  return dataclasses.replace(leaf, dtype=FLOAT32, read=lambda _: leaf.read(()).astype(np.float32) * np.float32(factor))
 
 
 def typed(tensors: Mapping[str, Leaf], dtype: str) -> dict[str, Leaf]:
@@ -274,6 +330,8 @@ def write(plan: Plan, tensors: Mapping[str, Leaf], folder: Path):
   writer = gguf.GGUFWriter(path, plan.architecture)
   for name, value in {**plan.fields, **plan.vocabulary.fields()}.items():
     getattr(writer, f"add_{name}")(value)
+  if plan.threshold is not None:
+    writer.add_float32("powerinfer.sparse_threshold", plan.threshold)
   for name, leaf in tensors.items():
     kind = gguf.GGMLQuantizationType[TYPES[leaf.dtype.name][0]]
     writer.add_tensor_info(name, leaf.shape, leaf.dtype, leaf.nbytes, raw_dtype=kind)

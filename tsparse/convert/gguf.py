@@ -15,6 +15,7 @@ PowerInfer's file (github.com/SJTU-IPADS/PowerInfer) differs in that
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ POWERINFER_FAMILIES = ("llama", "mistral")
 FLOAT32 = np.dtype("float32")
 # dtype -> (its name in gguf.GGMLQuantizationType, the file's in gguf.LlamaFileType)
 TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
+ALIGNMENT = 32  # bytes
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -168,9 +170,8 @@ def plan_powerinfer(model: Model, leaves: Mapping[str, Leaf], dtype: str) -> Pla
   fields, _ = rotary(config, form, ("linear",))
   plan = _plan("model.powerinfer.gguf", b"PWRI", POWERINFER[config.activation], model, tensors, fields)
   if plan.vocabulary.pre not in ("default", "gpt-2"):
-    raise UserError(
-      f"{form}: PowerInfer cuts text as GPT-2 does, and {model.vocabulary} is cut as {plan.vocabulary.pre}."
-    )
+    cut = plan.vocabulary.pre
+    raise UserError(f"{form}: PowerInfer cuts text as GPT-2 does, and the vocabulary {model.vocabulary} as {cut} does.")
   halves = "PowerInfer's CPU kernel takes ffn_down_t for float16 unless it is quantised: quantise the file first."
   warnings = plan.warnings + ((halves,) if dtype == "float32" else ())
   return dataclasses.replace(plan, threshold=threshold, warnings=warnings)
@@ -303,7 +304,7 @@ def _plan(
     **fields,
   }
   vocabulary = read_vocabulary(model.vocabulary, config.vocab_size)
-  return Plan(file, magic, architecture, tensors, fields, vocabulary, warnings)
+  return Plan(file, magic, architecture, tensors, fields, vocabulary, warnings=warnings)
 
 
 def _member(enumeration: str, name: str) -> Any:
@@ -339,10 +340,12 @@ def write(plan: Plan, tensors: Mapping[str, Leaf], folder: Path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for leaf in tensors.values():
-      writer.write_tensor_data(leaf.read(()).view(f"u{leaf.dtype.itemsize}"))
   finally:
     writer.close()
-  if plan.magic != b"GGUF":
-    with path.open("r+b") as file:
-      file.write(plan.magic)
+  with path.open("r+b") as file:  # not by the writer, which does not say why a disk took no more
+    file.write(plan.magic)
+    file.seek(0, os.SEEK_END)
+    for leaf in tensors.values():
+      file.write(bytes(-file.tell() % ALIGNMENT))
+      file.write(leaf.read(()).view(f"u{leaf.dtype.itemsize}").data)
+    file.write(bytes(-file.tell() % ALIGNMENT))

@@ -5,8 +5,8 @@ token has the highest score are merged first. `gpt2` is byte-level BPE: text is 
 names, its bytes are written as 256 letters, and neighbours are merged in the order of a list. Both want a token for
 every row of the embedding, all different. Where it has to be: rows without a token are [PAD...], unused.
 
-What the files of a tokenizer say beyond that (`lstrip`, `rstrip` and `single_word` of added tokens, and a Unicode
-normalisation of qwen2's) llama.cpp does not know.
+What a tokenizer's files say beyond that, llama.cpp does not know: `lstrip`, `rstrip` and `single_word` of added tokens,
+the Unicode normalisation (NFC) of qwen2's, and that Metaspace puts no space before a text that begins with one.
 """
 
 import collections
@@ -113,6 +113,8 @@ def read_vocabulary(name: str, size: int) -> Vocabulary:
 
 def _bytes(size: int) -> Vocabulary:
   """Bytes after three special tokens, as byte-level BPE that merges nothing."""
+  if size < 259:
+    raise UserError(f"bytes have 259 ids and the model {size}: it is of another vocabulary.")
   # GPT-2's letters: printable Latin-1 characters are themselves, the other bytes follow from U+0100.
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = itertools.count(0x100)

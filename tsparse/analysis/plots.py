@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 
 from tsparse.analysis.charts import Axis, Chart, View
 
@@ -29,17 +30,22 @@ STYLE = {
 
 def draw(chart: Chart, models: list[str]):
   """A Figure of the chart's first view; `models` are all names, in the order of their colours."""
+  return draw_beside([chart], [models])
+
+
+def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 3.9):
+  """A Figure `height` inches high of the first views of several charts, side by side, each with names of its own."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
-  view = chart.views[0]
   with rc_context(STYLE):
-    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
-    axes.tick_params(length=0, pad=7)
-    KINDS[chart.kind](axes, view, models)
-    axes.set(xlabel=view.x.label, ylabel=view.y.label)
+    figure = Figure(figsize=(6.2 * len(charts), height), layout="constrained")
+    for axes, chart, names in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, models, strict=True):
+      view = chart.views[0]
+      axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
+      axes.tick_params(length=0, pad=7)
+      KINDS[chart.kind](axes, view, names)
+      axes.set(xlabel=view.x.label, ylabel=view.y.label)
   return figure
 
 

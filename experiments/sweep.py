@@ -39,12 +39,13 @@ JOBSET = flags.DEFINE_string("jobset", "launch/jobset.yaml", "Pattern of --emit=
 def main():
   """Runs the sweep of the flags."""
   from tsparse.sweep import runs, sweep  # JAX is imported only once the flags are known to be good
+  from tsparse.workdir import local
 
   if CONFIG.value is None:
     raise UserError("--config is missing: give an experiment, for instance --config=configs/ablations/activation.py.")
   experiment, overrides = flags.FLAGS["config"].config_filename, flags.FLAGS["config"].override_values
   stated = SWEEP.value or runs.stated(experiment)
-  folder = Path(WORKDIR.value or f"runs/sweeps/{CONFIG.value.name}")
+  folder = local(WORKDIR.value or f"runs/sweeps/{CONFIG.value.name}")
   found = runs.expand(experiment, runs.overrides(overrides), stated, ZIP.value, folder)
   sweep.run(found, folder, PARALLEL.value, DRY_RUN.value, GATHER.value, EMIT.value, Path(JOBSET.value))
 

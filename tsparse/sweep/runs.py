@@ -107,7 +107,7 @@ def expand(experiment: str, common: Sequence[str], sweeps: Sequence[str], zipped
         "out, or give their values names that differ in letters, digits or any of ._+-."
       )
     taken[name] = swept
-    place = workdirs.local(str(folder)) / name
+    place = folder / name
     workdirs.check_free(place, config)
     runs.append(Run(name, values, (f"--config={experiment}", *common, *swept, f"--workdir={place}"), config, place))
   return runs
@@ -151,7 +151,7 @@ def split(text: str) -> list[str]:
       values.append(text[start:i].strip())
       start = i + 1
   if quote or closers:
-    raise ValueError(f"{quote or closers[-1]} is missing in {text[start:]}")
+    raise ValueError(f"{text[start:]} has no closing {quote or closers[-1]}")
   if "" in values:
     raise ValueError("a value is empty; write '' for an empty text")
   quoted = [len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" for value in values]
@@ -165,7 +165,7 @@ def load(arguments: Sequence[str]) -> ml_collections.ConfigDict:
   config_flags.DEFINE_config_file("config", None, "", own, lock_config=True, sys_argv=argv)
   try:
     own(argv)
-  except (flags.Error, config_flags.UnsupportedOperationError, TypeError, ValueError) as error:
+  except flags.Error as error:
     raise UserError(str(error).strip().splitlines()[-1]) from None
   return own["config"].value
 
@@ -180,7 +180,7 @@ def labels(fields: Sequence[str]) -> dict[str, str]:
 def name_of(values: Mapping[str, Any]) -> str:
   """ "activation=relu,steps=10": what a run is called, and its folder; other letters than those of paths become _."""
   named = zip(labels(list(values)).values(), values.values(), strict=True)
-  whole = ",".join(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}" for label, value in named)
+  whole = ",".join(f"{label}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value)).strip('_')}" for label, value in named)
   digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
   return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 9]}-{digest}"
 

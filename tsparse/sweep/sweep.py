@@ -1,7 +1,7 @@
 """A sweep: its runs listed, run here, or written for another scheduler; then their results. experiments/sweep.py calls
 `run`.
 
-SWEEP/sweep.json            command, and each run's values, workdir and state: new, begun, running, done, stopped, failed
+SWEEP/sweep.json            command; of each run values, workdir and state: new, begun, running, done, stopped, failed
 SWEEP/NAME/                 the workdir of a run, named by what differs
 SWEEP/logs/NAME.txt         what it printed
 SWEEP/sweep.csv  sweep.png  the results side by side; report/ is the whole report (tsparse/sweep/gather.py)

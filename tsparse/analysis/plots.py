@@ -64,7 +64,8 @@ def _lines(axes, view: View, models: list[str]):
   styles = list(dict.fromkeys(series.style for series in view.data if series.style))
   ends, xs, ys = {}, [], []
   for series in view.data:
-    i, style = models.index(series.model) % 5, styles.index(series.style) if series.style else 0
+    again, i = divmod(models.index(series.model), 5)  # colours come again, with other dashes
+    style = again + (styles.index(series.style) if series.style else 0)
     x, y = zip(*series.points, strict=True)
     xs, ys = [*xs, *x], [*ys, *y]
     if series.mark == "ring":
@@ -137,10 +138,11 @@ def _scale(axis, settings: Axis, values: list[float]):
     axes.set(**{f"{name}lim": settings.limits})
   elif low > 0 and (settings.scale == "log" or (settings.scale == "auto" and high > 5 * low)):
     axes.set(**{f"{name}scale": "log"})
+    room = 30 if name == "x" else 1e3  # numbers stand beside each other
     axis.set_major_locator(
-      LogLocator(base=2) if name == "x" else LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,))
+      LogLocator(base=2) if name == "x" and low >= 1 else LogLocator(subs=(1, 2, 5) if high < room * low else (1,))
     )
-    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 < y < 1e7 else f"{y:.0e}"))
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-4 < y < 1e7 else f"{y:.0e}"))
     axis.set_minor_locator(NullLocator())
   elif (
     settings.scale == "auto" and values

@@ -76,7 +76,7 @@ def slurm(runs: Sequence[Run], title: str, parallel: int, pattern: Path) -> str:
 
 
 def jobset(runs: Sequence[Run], title: str, parallel: int, pattern: Path) -> str:
-  """YAML documents, a JobSet for each run: `pattern` with another name, and its containers' command replaced.
+  """YAML documents, a JobSet for each run: `pattern` with another name, and its container's command replaced.
 
   Raises:
     UserError: the pattern is no JobSet of one container, or more than one at a time is asked for.
@@ -100,9 +100,10 @@ def jobset(runs: Sequence[Run], title: str, parallel: int, pattern: Path) -> str
   for i, run in enumerate(runs):
     document = copy.deepcopy(whole)
     metadata = document["metadata"]
-    metadata["name"] = f"{_dns(metadata['name'])}-{i}"
+    metadata["name"] = f"{_dns(title)}-{i}"
     metadata["annotations"] = metadata.get("annotations", {}) | {"tsparse/run": run.name}
-    _container(document)["command"] = ["python", "experiments/run.py", *run.arguments]
+    words = ["python", "experiments/run.py", *run.arguments]
+    _container(document)["command"] = [word.replace("$", "$$") for word in words]  # Kubernetes expands $(NAME)
     documents.append(document)
   return yaml.safe_dump_all(documents, sort_keys=False, width=120)
 

@@ -48,7 +48,7 @@ def launch(runs: Sequence[Run], parallel: int, logs: Path, record: Callable[[Run
         )
         record(run, "running", "")
         running[_start(run, logs)] = run, time.monotonic()
-      bar.update(done, ", ".join(run.name for run, _ in running.values()))
+      bar.update(done, f"{len(running)} running")
       for process in [process for process in running if process.poll() is not None]:
         run, began = running.pop(process)
         state, why = outcome(run, process.returncode, logs)

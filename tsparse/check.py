@@ -16,6 +16,7 @@ from tsparse.models.transformer import remat_policy
 from tsparse.train import memory
 from tsparse.train.loop import prepare
 from tsparse.train.step import ROUTER_LOSSES
+from tsparse.train.tracker import check_installed
 
 SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "mesh", "analysis")
 POSITIVE = (
@@ -48,6 +49,7 @@ def check(config: ml_collections.ConfigDict):
   if config.init:
     check_init(open_model(Path(config.init)), config, model_config(config))
   check_data(config.data, config.model.vocab_size)
+  check_installed(config.get("wandb", ""))
 
 
 def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platform: str) -> dict[str, int]:

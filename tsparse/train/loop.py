@@ -33,6 +33,7 @@ from tsparse.train.resume import restore_newest
 from tsparse.train.saver import Saver
 from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
+from tsparse.train.tracker import Tracker
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
 Init = Callable[[Any], tuple[Any, int]]
@@ -204,7 +205,10 @@ def run_steps(
   tell = functools.partial(warn, console)
   clock = Clock()
   unread: dict[str, Any] = {}
-  writer = MetricWriter(workdir, start.step, tell) if hosts.is_main() else None
+  writer = None
+  if hosts.is_main():
+    tracker = Tracker(workdir, config, tell) if config.get("wandb") else None
+    writer = MetricWriter(workdir, start.step, tell, tracker)
 
   def log(step: int, metrics: dict[str, Any]):
     if writer:

@@ -239,7 +239,7 @@ def draw(results: list[dict[str, Any]], path: Path):
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  figure, panels = plt.subplots(1, len(results), figsize=(1.5 + 4.5 * len(results), 4.2), squeeze=False, dpi=120)
+  figure, panels = plt.subplots(1, len(results), figsize=(1.5 + 5 * len(results), 4.2), squeeze=False, dpi=120)
   for axes, result in zip(panels[0], results, strict=True):
     part = result["with_head"]
     bars = {mode: (part["milliseconds"][mode], part["megabytes"][mode]) for mode in MODES}
@@ -250,8 +250,8 @@ def draw(results: list[dict[str, Any]], path: Path):
     drawn = axes.bar(names, measured, color=colors)
     axes.bar_label(drawn, [f"{part['milliseconds']['dense'] / ms:.2f}x" for ms in measured], padding=3)
     axes.hlines(limits, [i - 0.4 for i in range(len(bars))], [i + 0.4 for i in range(len(bars))], colors="C3", lw=2)
-    axes.set_title(f"{result['shape']}, {result['layers']} layers, embedding and head", fontsize=10)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.set_title(f"{result['shape']} x {result['layers']}, embedding and head", fontsize=10)
+    axes.tick_params(axis="x", labelsize=7)
     axes.margins(y=0.1)
     axes.set_ylabel("ms a token, batch 1")
     axes.spines[["top", "right"]].set_visible(False)

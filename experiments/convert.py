@@ -1,7 +1,11 @@
-"""Converts a model: from Hugging Face or a workdir of ours, to either, with its activation swapped if asked.
+"""Converts a model: from Hugging Face or a workdir of ours, to either or to a GGUF, its activation swapped if asked.
 
 python experiments/convert.py --model=HF_DIR --out=DIR --activation=drelu
 python experiments/convert.py --model=WORKDIR --out=DIR --format=hf
+python experiments/convert.py --model=M --out=DIR --format=gguf          (SwiGLU models, for llama.cpp)
+python experiments/convert.py --model=M --out=DIR --format=powerinfer    (dReLU and ReGLU models with predictors)
+
+What PowerInfer splits hot from cold neurons by, experiments/analyze.py --export=powerinfer writes.
 """
 
 import sys
@@ -16,10 +20,11 @@ from tsparse.errors import UserError
 
 MODEL = flags.DEFINE_string("model", None, "A Hugging Face directory (config.json + safetensors) or a workdir of ours.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
-FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.init) or hf (for transformers).")
+FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.init), hf, gguf or powerinfer.")
 ACTIVATION = flags.DEFINE_string("activation", "", "Activation of the result. Default: the source's.")
 UPCYCLE = flags.DEFINE_integer("upcycle", 0, "Copies the FFN of a dense model into so many experts. 0: none.")
-DTYPE = flags.DEFINE_string("dtype", "", "Of the weights written: float32 or bfloat16. Default: the source's.")
+PREDICTORS = flags.DEFINE_string("predictors", None, "Their folder, for powerinfer. Default: MODEL/predictors.")
+DTYPE = flags.DEFINE_string("dtype", "", "Of the weights: float32, bfloat16, in a GGUF float16. Default: the source's.")
 
 
 def main():
@@ -37,6 +42,7 @@ def main():
     activation=ACTIVATION.value,
     dtype=DTYPE.value,
     experts=UPCYCLE.value,
+    predictors=Path(PREDICTORS.value) if PREDICTORS.value else None,
     console=Console(),
   )
   config = model.config

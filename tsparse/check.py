@@ -17,6 +17,7 @@ from tsparse.recipes.recipe import DENSE, recipe_of
 from tsparse.train import memory
 from tsparse.train.loop import prepare
 from tsparse.train.step import ROUTER_LOSSES
+from tsparse.train.tracker import check_installed
 
 SECTIONS = ("name", "seed", "init", "activation", "smaller", "model", "data", "train", "sparsity", "mesh", "analysis")
 POSITIVE = (
@@ -52,6 +53,7 @@ def check(config: ml_collections.ConfigDict):
     check_init(open_model(Path(config.control.workdir)), config, model_config(config), "control.workdir")
   check_recipe(config)
   check_data(config.data, config.model.vocab_size)
+  check_installed(config.get("wandb", ""))
 
 
 def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platform: str) -> dict[str, int]:

@@ -92,23 +92,30 @@ def check_free(workdir: Path, config: ml_collections.ConfigDict):
 
 
 @contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Makes the folder and, while the context is open, this process the only one in it; UserError where it cannot."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / ".lock").open("w")
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f"workdir {workdir} cannot be written ({reason}): give another --workdir.") from None
+  with file:  # the kernel frees it however the process ends
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"workdir {workdir} is in use by another process: wait for it, or give another.") from None
+    yield
+
+
+@contextlib.contextmanager
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
   """Makes `workdir` the workdir of `config` and, while the context is open, this process its only writer.
 
   Raises:
     UserError: the folder cannot be written, another process works there, or it holds another config.
   """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = (workdir / ".lock").open("w")
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f"workdir {workdir} cannot be written ({reason}): give another --workdir.") from None
-  with lock:  # the kernel frees it however the process ends
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f"workdir {workdir} is in use by another process: wait for it, or give another.") from None
+  with lock(workdir):
     check_free(workdir, config)
     if not (workdir / "config.json").exists():
       files.write(workdir / "config.json", files.to_json(_resolved(config)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from tests.gpu import lowered_for_gpu
 from tests.sparse.test_kernels import close, counted, layer
 from tsparse.activations import activation
 from tsparse.sparse.kernels import gpu, reference, table, tpu
@@ -21,7 +22,8 @@ MODULES = {"tpu": tpu, "gpu": gpu}
 @pytest.fixture(scope="module")
 def experts():
   """Three tokens, the last of them padding, on two each of four experts with predictors, and what jnp makes of them."""
-  args = layer(3, 256, 160, jnp.bfloat16, experts=4, chosen=2, rank=8)
+  *args, predictor = layer(3, 256, 160, jnp.bfloat16, experts=4, chosen=2, rank=8)
+  args = *args, predictor._replace(threshold=jnp.array([0.0, 40.0, -30.0, 9.0]))
   return args, counted(reference, "off", "drelu", *args)
 
 
@@ -71,7 +73,7 @@ def program(kernels, mode):
 def test_the_kernels_for_gpus_are_lowered_without_one(mode, rank, kernels):
   """At Mistral's shape; lowering checks shapes and operations, and the compiler of Triton comes after it."""
   args = abstract(2, 1, 1, 14_336, 4096, (4096,), rank)
-  text = program(gpu, mode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered_for_gpu(program(gpu, mode), *args)
   assert text.count("xla.gpu.triton") == kernels
 
 

@@ -27,6 +27,7 @@ def on_mesh():
 @pytest.mark.parametrize("name", NAMES)
 def test_each_device_has_its_share_of_the_neurons_outputs_and_heads(name):
   *args, neurons, predictor = layer(3, 40, 96, jnp.bfloat16, experts=4, chosen=2, rank=6)
+  predictor = predictor._replace(threshold=jnp.array([0.0, 9.0, -9.0, 4.0]))
   query, key, value = normal(0, 3, 1, 8, 10), normal(1, 3, 4, 16, 10), normal(2, 3, 4, 16, 10)
   attended = query, key, value, jnp.array([[0], [7], [15]], jnp.int32), 5, 0.4
   w, drelu, single = normal(9, 64, 40, dtype=jnp.bfloat16), activation("drelu"), KERNELS["reference"]

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 
 from tsparse.analysis.charts import Axis, Chart, View
 
@@ -29,17 +30,22 @@ STYLE = {
 
 def draw(chart: Chart, models: list[str]):
   """A Figure of the chart's first view; `models` are all names, in the order of their colours."""
+  return draw_beside([chart], [models])
+
+
+def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 3.9):
+  """A Figure `height` inches high of the first views of several charts, side by side, each with names of its own."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
-  view = chart.views[0]
   with rc_context(STYLE):
-    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
-    axes.tick_params(length=0, pad=7)
-    KINDS[chart.kind](axes, view, models)
-    axes.set(xlabel=view.x.label, ylabel=view.y.label)
+    figure = Figure(figsize=(6.2 * len(charts), height), layout="constrained")
+    for axes, chart, names in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, models, strict=True):
+      view = chart.views[0]
+      axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
+      axes.tick_params(length=0, pad=7)
+      KINDS[chart.kind](axes, view, names)
+      axes.set(xlabel=view.x.label, ylabel=view.y.label)
   return figure
 
 
@@ -58,7 +64,8 @@ def _lines(axes, view: View, models: list[str]):
   styles = list(dict.fromkeys(series.style for series in view.data if series.style))
   ends, xs, ys = {}, [], []
   for series in view.data:
-    i, style = models.index(series.model) % 5, styles.index(series.style) if series.style else 0
+    again, i = divmod(models.index(series.model), 5)  # colours come again, with other dashes
+    style = again + (styles.index(series.style) if series.style else 0)
     x, y = zip(*series.points, strict=True)
     xs, ys = [*xs, *x], [*ys, *y]
     if series.mark == "ring":
@@ -131,10 +138,11 @@ def _scale(axis, settings: Axis, values: list[float]):
     axes.set(**{f"{name}lim": settings.limits})
   elif low > 0 and (settings.scale == "log" or (settings.scale == "auto" and high > 5 * low)):
     axes.set(**{f"{name}scale": "log"})
+    room = 30 if name == "x" else 1e3  # numbers stand beside each other
     axis.set_major_locator(
-      LogLocator(base=2) if name == "x" else LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,))
+      LogLocator(base=2) if name == "x" and low >= 1 else LogLocator(subs=(1, 2, 5) if high < room * low else (1,))
     )
-    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-3 < y < 1e7 else f"{y:.0e}"))
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}" if 1e-4 < y < 1e7 else f"{y:.0e}"))
     axis.set_minor_locator(NullLocator())
   elif (
     settings.scale == "auto" and values

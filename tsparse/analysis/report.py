@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from tsparse import files
@@ -30,9 +31,9 @@ def write_report(analysis: dict, run: dict, folder: str | os.PathLike) -> Path:
   files.write(folder / "summary.json", files.to_json(summarize(analysis, run)))
   for chart in drawn:
     files.write(folder / f"{chart.key}.png", plots.png(plots.draw(chart, names)))
-    files.write(folder / "csv" / f"{chart.key}.csv", _csv(charts.rows(chart)))
+    files.write(folder / "csv" / f"{chart.key}.csv", to_csv(charts.rows(chart)))
   for table in tables(analysis):
-    files.write(folder / "csv" / f"table_{table.key}.csv", _csv([table.columns, *table.rows]))
+    files.write(folder / "csv" / f"table_{table.key}.csv", to_csv([table.columns, *table.rows]))
   path = folder / "report.html"
   files.write(path, page.page(analysis, run, drawn))
   return path
@@ -40,11 +41,20 @@ def write_report(analysis: dict, run: dict, folder: str | os.PathLike) -> Path:
 
 def print_table(analysis: dict, console) -> None:
   """Prints the tables and their notes on a `rich.console.Console`; 80 columns are enough, and plain text reads well."""
+  from rich.text import Text
+
+  print_tables(tables(analysis), console)
+  for note in notes(analysis):
+    console.print(Text(note))
+
+
+def print_tables(shown: Iterable[Table], console) -> None:
+  """Prints tables on a `rich.console.Console`, each in parts where it is too wide."""
   from rich import box
   from rich.table import Table as RichTable
   from rich.text import Text
 
-  for table in (part for whole in tables(analysis) for part in _parts(whole, console.width)):
+  for table in (part for whole in shown for part in _parts(whole, console.width)):
     # Headings break between words, so that a column is as wide as its numbers.
     grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for i, column in enumerate(table.columns):
@@ -60,8 +70,6 @@ def print_table(analysis: dict, console) -> None:
       console.print(Text(note))
     if table.notes:
       console.print()
-  for note in notes(analysis):
-    console.print(Text(note))
 
 
 def summarize(analysis: dict, run: dict) -> dict:
@@ -109,7 +117,8 @@ def _parts(table: Table, width: int) -> list[Table]:
   return [*cut[:-1], cut[-1]._replace(notes=table.notes)]
 
 
-def _csv(rows) -> str:
+def to_csv(rows: Iterable[Iterable]) -> str:
+  """The text of a CSV file."""
   buffer = io.StringIO()
   csv.writer(buffer, lineterminator="\n").writerows(rows)
   return buffer.getvalue()

@@ -1,22 +1,26 @@
-"""From any M to a workdir of ours or to a Hugging Face directory, its activation swapped on the way if asked."""
+"""From any M to a workdir of ours, a Hugging Face directory or a GGUF, its activation swapped on the way if asked."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 from rich.console import Console
 
 from tsparse import files
-from tsparse.convert import rules, stored
+from tsparse.convert import gguf, rules, stored
 from tsparse.convert.families import export_format
 from tsparse.convert.huggingface import copy_tokenizer, write_directory
 from tsparse.convert.leaf import Leaf, cast, counted
 from tsparse.convert.model import Model, open_model
 from tsparse.convert.upcycle import upcycle
 from tsparse.errors import UserError
-from tsparse.progress import ByteProgressLine
+from tsparse.progress import ByteProgressLine, warn
+from tsparse.sparse.predictors import stored as trained
+
+Leaves = Mapping[str, Leaf]
+Plan = tuple[Leaves, Callable[[Leaves, Path], None]]
 
 
 def convert(
@@ -26,49 +30,84 @@ def convert(
   activation: str = "",
   dtype: str = "",
   experts: int = 0,
+  predictors: Path | None = None,
   console: Console | None = None,
 ) -> Model:
-  """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened.
+  """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened unless in a GGUF.
 
-  In memory there is at most the largest parameter, as stored in `source`, and 2 GiB.
+  In memory there is at most the largest parameter, as stored in `source`, and 2 GiB; for a GGUF with experts, thrice a
+  layer's of one kind, which are one tensor there.
 
   Args:
     source: a Hugging Face directory or a workdir of ours.
     out: must not exist, or be empty.
-    format: "tsparse" (a workdir, with which `config.init` starts) or "hf".
+    format: "tsparse" (a workdir, with which `config.init` starts), "hf", "gguf" (for llama.cpp) or "powerinfer".
     activation: the activation of the result; "" keeps the source's.
-    dtype: float32 or bfloat16, of the weights written; "" keeps each as it is (float16 becomes float32).
+    dtype: float32, bfloat16 or (of a GGUF's matrices) float16, of the weights written; "" keeps each as it is, float16
+      as float32, but for powerinfer, where it is float16.
     experts: above 0, a dense model is upcycled to so many experts.
+    predictors: for powerinfer, a folder of experiments/predictors.py; None for those that the model holds, or for
+      `predictors` beside it.
     console: where progress is shown; nowhere by default.
 
   Raises:
-    UserError: the source cannot be read, `out` is in use or too small, or the format is unknown.
+    UserError: the source cannot be read, `out` is in use or too small, or the format is unknown or has no such models.
     RunFailure: writing failed. Nothing is left behind, in either case.
   """
-  if format not in WRITERS:
-    raise UserError(f"--format={format} is unknown: choose one of {', '.join(WRITERS)}.")
-  if dtype not in ("", "float32", "bfloat16"):
-    raise UserError(f"--dtype={dtype} is unknown: choose float32 or bfloat16, or leave it out to keep the source's.")
+  if format not in PLANS:
+    raise UserError(f"--format={format} is unknown: choose one of {', '.join(PLANS)}.")
+  if dtype not in ("", "float32", "bfloat16", *(["float16"] if format in GGUF else [])):
+    choice = "float32, float16 or bfloat16" if format in GGUF else "float32 or bfloat16"
+    raise UserError(f"--dtype={dtype} is unknown: choose {choice}, or leave it out to keep the source's.")
+  if format in GGUF and out.suffix == ".gguf":
+    raise UserError(f"--out={out}: the file is written into a folder, give its name without .gguf.")
+  console = console or Console(quiet=True)
+  if predictors and format != "powerinfer":
+    raise UserError(f"--predictors={predictors} is for --format=powerinfer: leave it out.")
   model = open_model(source)
+  if format == "powerinfer":
+    model = with_predictors(model, predictors)
   leaves, tokens_seen = model.leaves()
   config = dataclasses.replace(model.config, activation=activation or model.config.activation)
   if experts:
     config, leaves = upcycle(config, leaves, experts)
-  if dtype:
-    leaves = {name: cast(leaf, jnp.dtype(dtype)) for name, leaf in leaves.items()}
-  total = sum(leaf.nbytes for leaf in leaves.values())
-  with (
-    files.new_folder(out, total) as folder,
-    ByteProgressLine(console or Console(quiet=True), "converting", total) as bar,
-  ):
-    if model.vocabulary != "bytes":
-      copy_tokenizer(model.vocabulary, folder)
-    leaves = {name: counted(leaf, lambda amount: bar.advance(amount=amount)) for name, leaf in leaves.items()}
-    WRITERS[format](dataclasses.replace(model, config=config), leaves, tokens_seen, folder)
-  return open_model(out)
+  model = dataclasses.replace(model, config=config)
+  tensors, write = PLANS[format](model, leaves, tokens_seen, dtype, console)
+  total = sum(tensor.nbytes for tensor in tensors.values())
+  with files.new_folder(out, total) as folder, ByteProgressLine(console, "converting", total) as bar:
+    shown = {name: counted(tensor, lambda amount: bar.advance(amount=amount)) for name, tensor in tensors.items()}
+    write(shown, folder)
+  return dataclasses.replace(model, path=out) if format in GGUF else open_model(out)
 
 
-def _write_workdir(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, folder: Path):
+def with_predictors(model: Model, given: Path | None) -> Model:
+  """The model with the predictors given, else, where it holds none, with those beside it, if there are any."""
+  folder = given or (None if model.config.predictor_ranks else trained.beside(model.path))
+  return model if folder is None else trained.merge(model, trained.load(folder, model))
+
+
+def _cast(leaves: Leaves, dtype: str) -> Leaves:
+  return {name: cast(leaf, jnp.dtype(dtype)) for name, leaf in leaves.items()} if dtype else leaves
+
+
+def _plan_workdir(model: Model, leaves: Leaves, tokens_seen: int, dtype: str, _: Console) -> Plan:
+  return _cast(leaves, dtype), functools.partial(_write_workdir, model, tokens_seen)
+
+
+def _plan_huggingface(model: Model, leaves: Leaves, _tokens: int, dtype: str, _: Console) -> Plan:
+  return _cast(leaves, dtype), functools.partial(_write_huggingface, model)
+
+
+def _plan_gguf(
+  plan: Callable[[Model, Leaves, str], gguf.Plan], model: Model, leaves: Leaves, _: int, dtype: str, console: Console
+) -> Plan:
+  planned = plan(model, leaves, dtype)
+  for sentence in planned.warnings:
+    warn(console, sentence)
+  return planned.tensors, functools.partial(gguf.write, planned)
+
+
+def _write_workdir(model: Model, tokens_seen: int, leaves: Leaves, folder: Path):
   fields = dataclasses.asdict(model.config)
   record = {
     "name": f"converted from {model.path}",
@@ -77,18 +116,30 @@ def _write_workdir(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, f
     # the tokenizer's files came along
     "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else ".", "eos": model.eos},
   }
+  _copy_tokenizer(model, folder)
   stored.save(folder, leaves, tokens_seen)
   files.write(folder / "config.json", files.to_json(record))
 
 
-def _write_huggingface(model: Model, leaves: Mapping[str, Leaf], tokens_seen: int, folder: Path):
-  del tokens_seen
+def _write_huggingface(model: Model, leaves: Leaves, folder: Path):
   dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves.values()))
   fields, mapping, modeling = export_format(model.config, dtype.name)
   if model.vocabulary == "bytes":
     fields["tsparse_vocabulary"] = "bytes"
   fields["tsparse_eos"] = model.eos
+  _copy_tokenizer(model, folder)
   write_directory(folder, fields, rules.to_theirs(mapping, model.config, leaves), modeling)
 
 
-WRITERS = {"tsparse": _write_workdir, "hf": _write_huggingface}
+def _copy_tokenizer(model: Model, folder: Path):
+  if model.vocabulary != "bytes":
+    copy_tokenizer(model.vocabulary, folder)
+
+
+GGUF = {"gguf": gguf.plan_llama_cpp, "powerinfer": gguf.plan_powerinfer}
+# format -> (model, its parameters, tokens seen, --dtype, console) -> what is read, and what writes it when given that
+PLANS = {
+  "tsparse": _plan_workdir,
+  "hf": _plan_huggingface,
+  **{name: functools.partial(_plan_gguf, plan) for name, plan in GGUF.items()},
+}

@@ -44,9 +44,13 @@ def sources(rule: Rule, config: ModelConfig) -> list[tuple[tuple[int, ...], str]
 
 
 def sizes(rule: Rule, config: ModelConfig, index: tuple[int, ...] = ()) -> dict[str, int]:
-  """Letter -> length in the tensors of a rule: those of the FFN it belongs to; the rank of the layer's predictor."""
+  """Letter -> length in the tensors of a rule: those of the FFN it belongs to; the rank of the layer's predictor.
+
+  Beside those of the parameters there are P = 2 and J = H / 2, the halves of a head.
+  """
   shared, first = "/shared/" in rule.ours, rule.ours.startswith("first/")
-  lengths = {"1": 1} | (config.shared if shared else config.first if first else config).sizes
+  owner = config.shared if shared else config.first if first else config
+  lengths = {"1": 1, "P": 2, "J": config.head_dim // 2} | owner.sizes
   return lengths | ({"R": config.predictor_ranks[index[0]]} if config.predictor_ranks and index else {})
 
 

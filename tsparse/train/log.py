@@ -1,4 +1,4 @@
-"""Where training reports: metrics.jsonl and TensorBoard."""
+"""Where training reports: metrics.jsonl and TensorBoard, and Weights & Biases where config.wandb names a project."""
 
 import contextlib
 import itertools
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from tsparse.files import strict, write
+from tsparse.train.tracker import Tracker
 
 
 class MetricWriter:
-  """Appends one line of JSON per call to metrics.jsonl, and its scalars to TensorBoard.
+  """Appends one line of JSON per call to metrics.jsonl, and its scalars to TensorBoard and to a tracker.
 
   A run that resumes at `step` drops what an interrupted run had written of later steps, so that every step is there
   once. A full disk does not end a run: lines wait in memory until they can be written; TensorBoard misses them.
   """
 
-  def __init__(self, workdir: Path, step: int, warn: Callable[[str], None]):
-    self._path, self._warn = workdir / "metrics.jsonl", warn
+  def __init__(self, workdir: Path, step: int, warn: Callable[[str], None], tracker: Tracker | None = None):
+    self._path, self._warn, self._tracker = workdir / "metrics.jsonl", warn, tracker
     if self._path.exists():
       # the last line may be half of one, if the run was killed while writing it
       lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
@@ -31,10 +32,13 @@ class MetricWriter:
   def write(self, step: int, metrics: Mapping[str, Any]):
     """Records `metrics` (numbers and arrays) of `step`."""
     metrics = strict(metrics)
+    scalars = {name: x for name, x in metrics.items() if isinstance(x, (int, float))}
+    if self._tracker:
+      self._tracker.write(step, scalars)
     self._waiting += (json.dumps({"step": step, **metrics}) + "\n").encode()
     try:
       self._write_lines()
-      self._board.write(step, {name: x for name, x in metrics.items() if isinstance(x, (int, float))})
+      self._board.write(step, scalars)
       self._failing = False
     except OSError as error:
       self._board.forget()
@@ -43,13 +47,15 @@ class MetricWriter:
       self._failing = True
 
   def close(self):
-    """Ends both, with a warning where lines of metrics.jsonl are lost."""
+    """Ends all, with a warning where lines of metrics.jsonl are lost."""
     self._board.forget()
     try:
       self._write_lines()
     except OSError as error:
       lost = self._waiting.count(b"\n")
       self._warn(f"the last {lost} lines of {self._path} could not be written ({error.strerror or error}).")
+    if self._tracker:
+      self._tracker.close()
 
   def _write_lines(self):
     if self._waiting:

@@ -37,6 +37,7 @@ from tsparse.train.resume import restore_newest
 from tsparse.train.saver import Saver
 from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
+from tsparse.train.tracker import Tracker
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
 Restore = Callable[[Any], tuple[Any, int]]
@@ -312,7 +313,10 @@ def run_steps(
   tell = functools.partial(warn, console)
   clock = Clock()
   unread: dict[str, Any] = {}
-  writer = MetricWriter(workdir, start.step, tell) if hosts.is_main() else None
+  writer = None
+  if hosts.is_main():
+    tracker = Tracker(workdir, config, tell) if config.get("wandb") else None
+    writer = MetricWriter(workdir, start.step, tell, tracker)
   dead_after, told = config.sparsity.dead_after, set()
 
   def log(step: int, metrics: dict[str, Any]):

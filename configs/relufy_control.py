@@ -25,7 +25,7 @@ def get_config(name=FOR):
   config = plain(config)
   config.name = f"{config.name}_control"
   config.activation = "swiglu"
-  config.train.learning_rate /= 4  # the model is trained already: 2e-3, which dReLU needs, only sets SwiGLU back
+  config.train.learning_rate /= 4  # what a swapped activation needs only sets a trained model back
   config.phases.order = ""
   if "control" in config:
     del config.control

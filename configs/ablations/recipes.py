@@ -1,26 +1,26 @@
 """Recipes for sparsity side by side on stories260k: loss above the control by zeros, a point for each recipe.
 
-  python experiments/run.py --config=configs/relufy_control.py --workdir=runs/recipes/control OVERRIDES
-  python experiments/run.py --config=configs/ablations/recipes.py:NAME --workdir=runs/recipes/NAME OVERRIDES \\
-    --config.control.workdir=runs/recipes/control
+  python experiments/run.py --config=configs/relufy_control.py OVERRIDES
+  python experiments/sweep.py --config=configs/ablations/recipes.py OVERRIDES
 
-OVERRIDES are those of configs/stories_relufy.py (init, data, vocabulary), and --config.train.steps=400 for both where an
-hour must be enough for several of RECIPES. Each NAME is a row of them: what it changes of the plain swap of Turbo
-Sparse. Two of the methods need no training and no row: CATS and TEAL are curves of the control in each report
-(config.analysis.thresholds). What came out: docs/recipes.md.
+OVERRIDES are those of configs/stories_relufy.py (init, data, vocabulary), and --config.train.steps=300 in both where
+it is to take an hour on 2 cores (with --parallel=2). Each name is a row of RECIPES, what it changes of the plain swap
+of Turbo Sparse; --sweep="config=plain,log_87" runs some of them. Two methods need no training and no row: CATS and
+TEAL are curves of the control in each report (config.analysis.thresholds). What came out: docs/recipes.md.
 """
 
 from ml_collections import ConfigDict
 
 from configs import stories_relufy
+from tsparse.errors import UserError
 
 KL = {"train.distill_weight": 0.7}
-BEST = {
+OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
 
 RECIPES = {
-  # the table of the literature, and what it is compared with
+  # those of papers, and their parts
   "plain": {},  # Turbo Sparse, arXiv 2406.05955
   "plain_4e-3": {"train.learning_rate": 4e-3},
   "reglu": {"activation": "relu"},  # ReLU Strikes Back, arXiv 2310.04564, stage 1
@@ -40,33 +40,32 @@ RECIPES = {
   "signs_kl": KL | {"sparsity.start": "signs"},
   "start_kl": KL | {"sparsity.start": "signs,refit"},
   "start_match_kl": KL | {"sparsity.start": "signs,refit", "train.match_until": 0.1},
-  "start_kl_4e-3": BEST,
-  "l1_80": BEST | {"sparsity.penalty": "l1", "sparsity.target": 0.81},
-  "l1_87": BEST | {"sparsity.penalty": "l1", "sparsity.target": 0.875},
-  "log_80": BEST | {"sparsity.target": 0.81},
-  "log_87": BEST | {"sparsity.target": 0.875},
-  "log_87_per_layer": BEST | {"sparsity.target": 0.875, "sparsity.per_layer": True},
-  "log_93": BEST | {"sparsity.target": 0.93},
-  "calibrated_87": BEST | {"sparsity.calibrate": 0.875},  # thresholds after training alone
-  "learned_thresholds": BEST | {
+  "start_kl_4e-3": OURS,
+  "l1_80": OURS | {"sparsity.penalty": "l1", "sparsity.target": 0.81},
+  "l1_87": OURS | {"sparsity.penalty": "l1", "sparsity.target": 0.875},
+  "log_80": OURS | {"sparsity.target": 0.81},
+  "log_87": OURS | {"sparsity.target": 0.875},
+  "log_87_per_layer": OURS | {"sparsity.target": 0.875, "sparsity.per_layer": True},
+  "log_93": OURS | {"sparsity.target": 0.93},
+  "calibrated_87": OURS | {"sparsity.calibrate": 0.875},  # thresholds after training alone
+  "learned_thresholds": OURS | {
     "model.hidden_thresholds": True, "sparsity.threshold": 0.02, "sparsity.target": 0.875,
   },
-  "ffn_only": BEST | {"train.rules": "layers/ffn/(gate|up|down)=1; .*=0", "sparsity.target": 0.81},
-  "low_rank": BEST | {
+  "ffn_only": OURS | {"train.rules": "layers/ffn/(gate|up|down)=1; .*=0", "sparsity.target": 0.81},
+  "low_rank": OURS | {
     "train.rules": "layers/ffn/(gate|up|down)=1; layers/attention/.*=lora:8; .*=0.3", "sparsity.target": 0.81,
   },
 }  # fmt: skip
+SWEEP = (f"config={','.join(RECIPES)}",)
 
 
-def get_config(name="log_87"):
+def get_config(name="plain"):
+  if name not in RECIPES:
+    raise UserError(f"configs/ablations/recipes.py:{name}: the recipes are {', '.join(RECIPES)}.")
   config = stories_relufy.get_config()
-  config.name = f"recipes_{name}"
-  config.control = ConfigDict({"workdir": "", "train": {"learning_rate": 5e-4}})
+  config.name = "ablation_recipes"
+  config.control = ConfigDict(stories_relufy.CONTROL)
+  config.control.workdir = "runs/stories_relufy_control"
   config.analysis.thresholds = True
-  for field, value in RECIPES[name].items():
-    *sections, last = field.split(".")
-    section = config
-    for each in sections:
-      section = section[each]
-    section[last] = value
+  config.update_from_flattened_dict(RECIPES[name])
   return config

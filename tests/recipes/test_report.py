@@ -44,8 +44,8 @@ def test_gaps_are_to_the_control_whatever_the_order():
 
 
 def test_the_trace_is_drawn_by_layer_where_layers_are_steered_alone(tmp_path):
-  lines = [{"step": i, "loss": 2.0 - i / 10, "zero_fraction": 0.7, "zeros_wanted": [0.8, 0.9], "penalty_weight": [1e-3, i]}
-           for i in range(1, 6)]  # fmt: skip
+  steered = {"zeros_wanted": [0.8, 0.9], "zero_fraction": 0.7}
+  lines = [{"step": i, "loss": 2.0 - i / 10, "penalty_weight": [1e-3, i], **steered} for i in range(1, 6)]
   text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 5, "validation_loss": 1.0}])
   (tmp_path / "metrics.jsonl").write_text(text)
   found = trace(tmp_path)

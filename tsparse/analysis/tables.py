@@ -342,13 +342,12 @@ def notes(analysis: dict) -> list[str]:
 def alarms(model: dict) -> Iterator[str]:
   """Sentences about layers without an entry that fires, neurons that are dead and experts that got no token."""
   name, zeros, dead = model["name"], model["zero_fraction"], model.get("dead_neurons") or {}
-  silent = [str(layer) for layer, share in enumerate(zeros["per_layer"]) if share == 1]
-  if silent:
+  if silent := [str(layer) for layer, share in enumerate(zeros["per_layer"]) if share == 1]:
     yield f"{name} has layers that are all zeros ({', '.join(silent)}): their FFNs do nothing."
   if dead and dead["count"] > DEAD * dead["total"]:
     yield f"{name} has {dead['count']:,} neurons of {dead['total']:,} that never fired on the evaluated text."
-  layers = enumerate(zeros.get("per_expert") or ())
-  lost = [f"{layer}.{e}" for layer, experts in layers for e, share in enumerate(experts) if share is None]
+  experts = enumerate(zeros.get("per_expert") or ())
+  lost = [f"{layer}.{e}" for layer, shares in experts for e, share in enumerate(shares) if share is None]
   if lost:
     yield f"{name} has experts that no token reached (layer.expert {', '.join(lost)})."
 

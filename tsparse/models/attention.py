@@ -34,7 +34,7 @@ Array = jax.Array
 
 TPU_BLOCK = 512  # queries and keys of a block of splash attention, forward and backward; 128 is the least
 CUDA_BLOCK = 128  # of the Triton kernel, forward, which is the default there
-CPU_BLOCK, CPU_BLOCKS = 128, 8  # queries of a block at least, and blocks at most: each is a program of its own
+CPU_BLOCK, CPU_BLOCKS = 32, 8  # queries of a block at least, and blocks at most: each is a program of its own
 
 
 class Rule(NamedTuple):

@@ -1,4 +1,5 @@
-"""The results of a sweep side by side: sweep.csv, sweep.png, a table, and the report that an analysis of models has.
+"""The results of a sweep side by side: sweep.csv, sweep.png, a table, and the report that an analysis of models has;
+frontier.png too, what zeros cost, where the runs have a control.
 
 A run counts by its last model: the recovered one of a ReLUfication, that of the last phase where there are phases.
 """
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tsparse import files
+from tsparse.analysis import gap
 from tsparse.analysis.charts import PERPLEXITY, Axis, Chart, Interval, Series, View
 from tsparse.analysis.plots import draw_beside, png
 from tsparse.analysis.report import print_tables, to_csv, write_report
@@ -42,25 +44,40 @@ def gather(runs: Sequence[Run], folder: Path, states: Mapping[str, tuple[str, st
   definitions = json.loads((done[0].workdir / "report" / "analysis.json").read_text())["definitions"]
   facts = {"sweep": str(folder), "runs": {run.title: str(run.workdir) for run in done}}
   write_report({"models": last, "definitions": definitions}, facts, folder / "report")
-  for what, name in (("results", "sweep.csv"), ("picture", "sweep.png"), ("report", "report/report.html")):
+  made = [("results", "sweep.csv"), ("picture", "sweep.png"), ("report", "report/report.html")]
+  if chart := frontier(last):
+    names = [m["name"] for m in last]
+    files.write(folder / "frontier.png", png(draw_beside([chart], [names], height=max(5.0, 1 + 0.25 * len(names)))))
+    made.insert(2, ("frontier", "frontier.png"))
+  for what, name in made:
     console.print(f"{what}  {folder / name}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(runs: Sequence[Run], models: Mapping[str, list[dict]], states: Mapping[str, tuple[str, str]]) -> Table:
   """A row for each run: what differs, and its last model."""
-  rows = []
+  rows, compared = [], any("gap" in found[-1] for found in models.values())
   for run in runs:
     cells = [*map(str, run.values.values()), states[run.name][0]]
     if run.name in models:
       m = models[run.name][-1]
       parameters = m.get("parameters") or {}
       cells += [number(m["loss"]), perplexity(m["perplexity"]), percent(m["zero_fraction"]["mean"])]
+      cells += [above_control(m)] * compared
       cells += [count(parameters.get("activated"), parameters.get("total")), count(m.get("trained_tokens"))]
-    rows.append(cells + [""] * (len(run.values) + 6 - len(cells)))
+    rows.append(cells + [""] * (len(run.values) + 6 + compared - len(cells)))
   short = list(labels(list(runs[0].values)).values())
-  columns = [*short, "state", "loss", "perplexity", "zeros", "activated parameters", "tokens seen"]
+  cost = ["loss above control"] * compared
+  columns = [*short, "state", "loss", "perplexity", "zeros", *cost, "activated parameters", "tokens seen"]
   reasons = tuple(f"{name} {state}: {why}" for name, (state, why) in states.items() if why)
   return Table("The runs, nothing masked", columns, rows, len(short) + 1, key="sweep", notes=reasons)
+
+
+def above_control(model: dict[str, Any]) -> str:
+  """The gap with half of its interval, "+0.0812 +-0.0040", or without where there is none."""
+  difference, bounds = model.get("gap") or (None, None)
+  if difference is None:
+    return ""
+  return f"{difference:+.4f}" + (f" ±{(bounds[1] - bounds[0]) / 2:.4f}" if bounds else "")
 
 
 def csv_rows(
@@ -70,18 +87,20 @@ def csv_rows(
   levels = sorted({p["sparsity"] for found in models.values() for m in found for p in m.get("curve") or ()} - {0.0})
   heading = [
     "run", *runs[0].values, "state", "why", "model", "activation", "trained_tokens", "training_loss", "loss",
-    "perplexity", "zero_fraction", "dead_neurons", "activated_parameters", "total_parameters",
+    "perplexity", "zero_fraction", "loss_above_control", "gap_low", "gap_high", "dead_neurons", "activated_parameters",
+    "total_parameters",
     *(f"perplexity_masked_{level:g}" for level in levels),
   ]  # fmt: skip
   yield heading
   for run in runs:
     start = [run.name, *run.values.values(), *states[run.name]]
     for m in models.get(run.name, ()):
+      difference, bounds = m.get("gap") or (None, None)
       parameters, curve = m.get("parameters") or {}, {p["sparsity"]: p["perplexity"] for p in m.get("curve") or ()}
       yield [
         *start, m["name"], m["activation"], m.get("trained_tokens"), m.get("training_loss"), m["loss"], m["perplexity"],
-        m["zero_fraction"]["mean"], (m.get("dead_neurons") or {}).get("count"), parameters.get("activated"),
-        parameters.get("total"), *(curve.get(level) for level in levels),
+        m["zero_fraction"]["mean"], difference, *(bounds or (None, None)), (m.get("dead_neurons") or {}).get("count"),
+        parameters.get("activated"), parameters.get("total"), *(curve.get(level) for level in levels),
       ]  # fmt: skip
     if run.name not in models:
       yield start + [""] * (len(heading) - len(start))
@@ -124,8 +143,20 @@ def charts(runs: Sequence[Run], models: Sequence[dict]) -> Iterator[tuple[Chart,
     yield Chart("learning", "While training", "lines", [view], ()), list(learning)
 
 
+def frontier(models: Sequence[dict]) -> Chart | None:
+  """Loss above the control by zeros, a ring for each run; None where fewer than two have a control."""
+  points = [Series(m["name"], [[m["zero_fraction"]["mean"], m["gap"][0]]], mark="ring") for m in models if "gap" in m]
+  view = View("", ZEROS, Axis("loss above the control, nats per token"), points)
+  return Chart("frontier", "What zeros cost", "lines", [view], ()) if len(points) > 1 else None
+
+
 def _models(run: Run) -> list[dict[str, Any]]:
-  return json.loads((run.workdir / "report" / "analysis.json").read_text())["models"]
+  """The models of the run's report; `gap` of those that it compares with a control: the loss above it, its interval."""
+  analysis = json.loads((run.workdir / "report" / "analysis.json").read_text())
+  gaps = {
+    m["name"]: (loss, bounds) for m, loss, bounds in gap.gaps(analysis["models"], analysis.get("comparisons") or [])
+  }
+  return [m | ({"gap": gaps[m["name"]]} if m["name"] in gaps else {}) for m in analysis["models"]]
 
 
 def _learning(run: Run) -> list[list[float]]:

@@ -19,6 +19,7 @@ from tsparse.errors import UserError
 
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 LONGEST = 120  # characters of a name, which is a folder's
+VARIANT = "config"  # the field of a sweep whose values are NAMEs of --config=FILE:NAME, the variants that FILE knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Run:
 
   Attributes:
     name: what differs, "activation=relu,learning_rate=0.001"; also that of its folder in the sweep's.
-    values: each swept field, "config.train.learning_rate" -> its value, of the field's own type.
+    values: each swept field, "config.train.learning_rate" -> its value, of the field's own type; VARIANT -> its text.
     arguments: of experiments/run.py, the workdir among them.
     config: the resolved experiment.
     workdir: where it is written.
@@ -86,8 +87,9 @@ def expand(experiment: str, common: Sequence[str], sweeps: Sequence[str], zipped
   """
   base = load((f"--config={experiment}", *common))
   axes = parse(sweeps, base)
+  file, _, variant = experiment.partition(":")
   for field in axes:
-    if any(flag.startswith(f"--{field}=") for flag in common):
+    if any(flag.startswith(f"--{field}=") for flag in common) or (field == VARIANT and variant):
       raise UserError(f"--{field} is swept and set for all runs: leave one of them out.")
   lengths = {field: len(texts) for field, texts in axes.items()}
   if zipped and len(set(lengths.values())) > 1:
@@ -97,19 +99,22 @@ def expand(experiment: str, common: Sequence[str], sweeps: Sequence[str], zipped
 
   runs, taken = [], {}
   for texts in combinations:
-    swept = [f"--{field}={text}" for field, text in zip(axes, texts, strict=True)]
-    config = load((f"--config={experiment}", *common, *swept))
-    values = {field: _get(config, field) for field in axes}
+    chosen = dict(zip(axes, texts, strict=True))
+    swept = {field: f"--{field}={text}" for field, text in chosen.items()}
+    start = f"--config={file}:{chosen[VARIANT]}" if VARIANT in chosen else f"--config={experiment}"
+    arguments = (start, *common, *(flag for field, flag in swept.items() if field != VARIANT))
+    config = load(arguments)
+    values = {field: text if field == VARIANT else _get(config, field) for field, text in chosen.items()}
     name = name_of(values)
     if name in taken:
       raise UserError(
-        f"the runs {' '.join(taken[name])} and {' '.join(swept)} would share the workdir {folder / name}: leave one "
+        f"the runs {taken[name]} and {' '.join(swept.values())} would share the workdir {folder / name}: leave one "
         "out, or give their values names that differ in letters, digits or any of ._+-."
       )
-    taken[name] = swept
+    taken[name] = " ".join(swept.values())
     place = folder / name
     workdirs.check_free(place, config)
-    runs.append(Run(name, values, (f"--config={experiment}", *common, *swept, f"--workdir={place}"), config, place))
+    runs.append(Run(name, values, (*arguments, f"--workdir={place}"), config, place))
   return runs
 
 
@@ -119,7 +124,7 @@ def parse(sweeps: Sequence[str], config: ml_collections.ConfigDict) -> dict[str,
   found = {}
   for sweep in sweeps:
     field, equals, values = (part.strip() for part in sweep.lstrip("-").partition("="))
-    if field not in fields:
+    if field not in (*fields, VARIANT):
       nearest = difflib.get_close_matches(field, fields, n=1, cutoff=0.0)[0]
       raise UserError(
         f"--sweep={sweep}: the config has no field {field!r}; the nearest is {nearest} (now {fields[nearest]!r})."

@@ -122,8 +122,14 @@ def test_distillation_is_that_of_the_whole_logits(reads):
       p, q = (jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
     return nll, jax.nn.logsumexp(logits, axis=-1), jnp.sum(p * jnp.log(p / q), -1)
 
-  def mix(f):
-    return lambda *args: jnp.sum(weight * (0.3 * f(*args)[0] + 0.7 * f(*args)[2]))
+  def with_gradient(f):
+    """Outputs of f(hidden, head) and the gradient of a mix of them."""
+
+    def mix(*args):
+      found = f(*args)
+      return jnp.sum(weight * (0.3 * found[0] + 0.7 * found[2])), tuple(found)
+
+    return jax.jit(jax.grad(mix, (0, 1), has_aux=True))(student.hidden, student.head)
 
   whole = None
   for temperature, top_k in ((2.0, 0), (2.0, 7)):
@@ -131,13 +137,9 @@ def test_distillation_is_that_of_the_whole_logits(reads):
     def ours(hidden, head, temperature=temperature, top_k=top_k):
       return distilled_cross_entropy(Read(hidden, head, 3.0), teacher, targets, temperature, top_k)
 
-    args = student.hidden, student.head
-    wanted = oracle(*args, temperature, top_k)
-    found = jax.jit(ours)(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, tuple(wanted))
-    theirs = jax.grad(mix(lambda *a, t=temperature, k=top_k: oracle(*a, t, k)), (0, 1))(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
-                 jax.jit(jax.grad(mix(ours), (0, 1)))(*args), theirs)  # fmt: skip
+    (gradient, found), (theirs, wanted) = map(with_gradient, (ours, lambda *a: oracle(*a, temperature, top_k)))  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), gradient, theirs)
     assert whole is None or (found[2] <= whole + 1e-5).all()  # telling fewer tokens apart loses divergence
     whole = found[2] if whole is None else whole
   same = distilled_cross_entropy(teacher, teacher, targets)[2]

@@ -1,19 +1,25 @@
 """What the report says of a recipe: the gap to the control, the frontier, the trace, alarms; and a calibrated model."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from tests.recipes.test_training import one_device, small, source
 from tests.train.test_step import batch
+from tsparse import files
 from tsparse.analysis import gap, tables
 from tsparse.analysis.calibrate import calibrate
 from tsparse.analysis.charts import charts
+from tsparse.errors import UserError
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer
+from tsparse.recipes.recipe import recipe_of
+from tsparse.sweep import gather, runs
 from tsparse.train.log import trace
 
 
@@ -41,6 +47,46 @@ def test_gaps_are_to_the_control_whatever_the_order():
   assert points["recovered", "as it is"] == [[0.87, pytest.approx(0.1)]]
   assert points["control", "cats"] == [[0.5, pytest.approx(0.21)]] and ("recovered", "top-k") in points
   assert not list(gap.gaps(models[:1], [])) and not list(gap.frontier(models[:1]))
+
+
+GRID = str(ROOT / "configs" / "ablations" / "recipes.py")
+
+
+def test_the_grid_is_a_sweep_over_the_recipes_of_its_config():
+  rows = runs.expand(GRID, (), runs.stated(GRID), False, Path("nowhere"))
+  assert len({run.config.to_json() for run in rows}) == len(rows) > 20
+  assert all(recipe_of(run.config) and run.config.control.train.learning_rate == 5e-4 for run in rows)
+  assert rows[0].arguments == (f"--config={GRID}:plain", f"--workdir={rows[0].workdir}") and rows[0].title == "plain"
+  assert rows[0].workdir == Path("nowhere/config=plain")
+  for sweep, sentence in (("config=kl,no", "the recipes are plain, plain_4e-3"), ("confg=kl", "no field 'confg'")):
+    with pytest.raises(UserError, match=sentence):
+      runs.expand(GRID, (), [sweep], False, Path("nowhere"))
+  with pytest.raises(UserError, match="--config is swept and set for all runs"):
+    runs.expand(f"{GRID}:kl", (), ["config=kl,plain"], False, Path("nowhere"))
+
+
+def test_a_sweep_with_controls_shows_what_the_zeros_of_each_run_cost(tmp_path):
+  rows = runs.expand(GRID, (), ["config=plain,kl,log_87"], False, tmp_path)
+  for run, loss in zip(rows[:2], (1.54, 1.49), strict=True):
+    models = [model("control", 1.39, 0.0), model("recovered", loss, 0.7)]
+    pair = {"models": ["control", "recovered"], "difference": loss - 1.39, "interval": [loss - 1.40, loss - 1.37]}
+    (run.workdir / "report").mkdir(parents=True)
+    files.write(run.workdir / "report" / "analysis.json", files.to_json({"models": models, "comparisons": [pair]}))
+  found = {run.name: gather._models(run) for run in rows[:2]}
+  states = {run.name: (run.state, "") for run in rows}
+  table = gather.table(rows, found, states)
+  column = table.columns.index("loss above control")
+  assert [row[column] for row in table.rows] == ["+0.1500 ±0.0150", "+0.1000 ±0.0150", ""]
+  assert all(len(row) == len(table.columns) for row in table.rows)
+  heading, *lines = gather.csv_rows(rows, found, states)
+  costs = [line[heading.index("loss_above_control")] for line in lines]
+  assert costs == [None, pytest.approx(0.15), None, pytest.approx(0.1), ""]  # a control, a model, twice; one to come
+  assert all(len(line) == len(heading) for line in lines)
+  chart = gather.frontier([found[run.name][-1] | {"name": run.title} for run in rows[:2]])
+  assert [(s.model, s.points[0][0], round(s.points[0][1], 3)) for s in chart.views[0].data] == [
+    ("plain", 0.7, 0.15), ("kl", 0.7, 0.1),
+  ]  # fmt: skip
+  assert gather.frontier([model("plain", 1.5, 0.7)]) is None
 
 
 def test_the_trace_is_drawn_by_layer_where_layers_are_steered_alone(tmp_path):

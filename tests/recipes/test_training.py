@@ -25,7 +25,8 @@ from tsparse.models.transformer import Transformer, ffn_passes, init_parameters
 from tsparse.recipes import guards, start, thresholds, trained
 from tsparse.recipes.recipe import plain, recipe_of
 from tsparse.recipes.teacher import teacher_of
-from tsparse.train.loop import Source, compiled_step, initial_state, prepare, train
+from tsparse.train import loop
+from tsparse.train.loop import Source, compiled_step, initial_state, prepare
 
 
 def small(text="stdlib", sparsity=(), train=(), **model):
@@ -74,14 +75,17 @@ def text(tmp_path_factory):
 def go(config, workdir):
   mesh, begins = one_device(), source(config)
   with jax.set_mesh(mesh), workdirs.claim(workdir, config):
-    train(config, workdir, mesh, HELD_OUT, Console(quiet=True), "training", begins, None, begins)
+    loop.train(config, workdir, mesh, HELD_OUT, Console(quiet=True), "training", begins, None, begins)
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   return [{k: v for k, v in line.items() if "seconds" not in k and "_per_second" not in k and "wait" not in k}
           for line in lines if "loss" in line]  # fmt: skip
 
 
-def test_a_recipe_resumes_bit_for_bit_the_controller_included(text, tmp_path):
+def test_a_recipe_resumes_bit_for_bit_the_controller_included(text, tmp_path, monkeypatch):
   config = small(text, **ALL)
+  with jax.set_mesh(one_device()):
+    program = compiled_step(prepare(config, one_device()), config)
+  monkeypatch.setattr(loop, "compiled_step", lambda *_: program)  # compiled once
   whole = go(config, tmp_path / "whole")
   shutil.copytree(tmp_path / "whole", tmp_path / "torn")
   shutil.rmtree(tmp_path / "torn" / "checkpoints" / "8")
@@ -95,10 +99,15 @@ def test_a_recipe_resumes_bit_for_bit_the_controller_included(text, tmp_path):
   assert all(line["zeros_wanted"][0] <= 0.9 for line in whole) and len(whole[-1]["dead_neurons_per_layer"]) == 2
 
 
+@functools.cache
+def compiled(model):
+  return jax.jit(model.apply)
+
+
 def out(model, params):
   """Logits of the real tokens of a batch."""
   one = batch(0)
-  logits = jax.jit(model.apply)({"params": params}, one["inputs"], one["segment_ids"], one["positions"])[0]
+  logits = compiled(model)({"params": params}, one["inputs"], one["segment_ids"], one["positions"])[0]
   return np.asarray(logits)[one["segment_ids"] > 0]
 
 
@@ -120,16 +129,13 @@ def losses(config, devices=1, steps=4, **sizes):
 
 
 MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "dense_layers": 1,
-       "dense_d_ff": 32}  # fmt: skip
-OF_MOE = {
-  "sparsity": {"penalty_weight": 0.01, "swap_until": 0.25},
-  "train": {"distill_weight": 0.5, "match_until": 0.1},
-}
+       "dense_d_ff": 32, "num_kv_heads": 2}  # fmt: skip
+OF_MOE = {"sparsity": {"penalty_weight": 0.01, "swap_until": 0.25}, "train": {"distill_weight": 0.5}}
 
 
 def test_a_recipe_does_not_depend_on_the_mesh_nor_on_how_experts_are_computed():
   wanted, _ = losses(small(**OF_MOE, moe_impl="dense", **MOE))
-  assert (wanted[:, 2] > 0).sum() == 3  # while FFNs are matched, nothing is penalised
+  assert (wanted > 0).all()
   sharded, _ = losses(small(**OF_MOE, moe_impl="ep_allgather", **MOE), 8, fsdp=2, tensor=2, expert=2)
   np.testing.assert_allclose(sharded, wanted, rtol=1e-4)
 
@@ -175,17 +181,16 @@ def test_what_the_rules_freeze_stays_and_is_shared_with_the_teacher():
 
 
 def test_turning_neurons_over_changes_nothing_of_swiglu_and_refitting_helps_drelu():
-  for model in ({}, MOE | {"moe_impl": "dense", "shared_gate": True}):
-    config = small(**model)
-    begins = source(config)
-    old, new = Transformer(begins.config), Transformer(model_config(config))
-    params, one = begins.restore(None)[0], batch(0)
-    wanted, swapped = out(old, params), out(new, params)
-    turned = start.start(old, new, jax.tree.map(jnp.copy, params), one, ("signs",))
-    np.testing.assert_allclose(out(old, turned), wanted, atol=2e-5)
-    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (turned, params)), strict=True))
-    fitted = out(new, start.start(old, new, params, one, ("signs", "refit")))
-    assert np.square(fitted - wanted).sum() < 0.5 * np.square(swapped - wanted).sum()
+  config = small(**MOE, moe_impl="dense", shared_gate=True)
+  begins = source(config)
+  old, new = Transformer(begins.config), Transformer(model_config(config))
+  params, one = begins.restore(None)[0], batch(0)
+  wanted, swapped = out(old, params), out(new, params)
+  turned = start.start(old, new, jax.tree.map(jnp.copy, params), one, ("signs",))
+  np.testing.assert_allclose(out(old, turned), wanted, atol=2e-5)
+  assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (turned, params)), strict=True))
+  fitted = out(new, start.start(old, new, params, one, ("signs", "refit")))
+  assert np.square(fitted - wanted).sum() < 0.5 * np.square(swapped - wanted).sum()
 
 
 def test_dead_neurons_are_counted_and_revived_without_a_change():
@@ -207,9 +212,7 @@ def test_dead_neurons_are_counted_and_revived_without_a_change():
   revived, opt_state, idle = guards.revive(
     state.params, state.opt_state, state.memory["idle"], run.tx, 2, jax.random.key(0)
   )
-  outputs = [run.model.apply({"params": p}, *(batch(1)[k] for k in ("inputs", "segment_ids", "positions")))[0]
-             for p in (state.params, revived)]  # fmt: skip
-  np.testing.assert_array_equal(*outputs)
+  np.testing.assert_array_equal(out(run.model, state.params), out(run.model, revived))
   ffn = revived["layers"]["ffn"]
   norms = np.linalg.norm(ffn["gate"][1], axis=0)
   assert norms[5] == pytest.approx(norms[~dead[1]].mean(), rel=1e-4) and not ffn["down"][1, 5].any()
@@ -228,14 +231,15 @@ def test_thresholds_are_parameters_that_a_source_without_them_gets():
   assert params["layers"]["ffn"]["threshold"].tolist() == [np.float32(0.02)] * 2
   assert jax.tree.structure(thresholds.without(params)) == jax.tree.structure(begins.restore(None)[0])
   state, _ = initial_state(run, 0, lambda _: (params, 0))
-  state, metrics = compiled_step(run, config)(state, batch(0))
-  state, _ = compiled_step(run, config)(state, batch(0))
+  step = compiled_step(run, config)
+  state, metrics = step(state, batch(0))
+  state, _ = step(state, batch(0))
   assert (np.asarray(state.params["layers"]["ffn"]["threshold"]) != 0.02).all() and metrics["zero_fraction"] > 0.75
 
 
 def test_without_a_recipe_there_is_none():
   config = small(**ALL)
-  assert recipe_of(config).on and not recipe_of(plain(config)).on and plain(config) == small()
+  assert recipe_of(config).on and not recipe_of(plain(config)).on and plain(config) == small(train={"microbatches": 2})
   run = prepare(plain(config), one_device())
   assert run.recipe is None and run.teacher is None and run.target.memory is None
 
@@ -260,7 +264,7 @@ def test_without_a_recipe_there_is_none():
     ({"train.rules": "layers/fnn/.*=1; .*=0"}, "match no parameter"),
     ({"train.rules": "layers/.*=1"}, "matches none of the rules"),
     ({"train.rules": ".*=0"}, "nothing left to train"),
-    ({"train.rules": ".*=lora:4"}, "give embed and vectors a number"),
+    ({"train.rules": ".*=lora:4"}, "give vectors and embed a number"),
     ({"train.rules": "(=1"}, "no regular expression"),
     ({"train.rules": ".*=fast"}, "not REGEX=ACTION"),
   ],

@@ -9,6 +9,7 @@ import scipy.special
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
+from tsparse.models.counts import HiddenCounts, penalty_per_layer
 from tsparse.models.loss import BLOCKS
 from tsparse.models.threshold import jump
 from tsparse.recipes import penalties, swap, thresholds
@@ -51,6 +52,16 @@ def test_penalties_and_their_gradients():
     np.testing.assert_allclose(penalty(hidden), value, rtol=1e-5, atol=1e-7)
     found = jax.grad(lambda h: penalty(h).sum())(hidden)  # noqa: B023
     np.testing.assert_allclose(np.where(hidden == 0, 0, found), slope, rtol=1e-5)
+
+
+def test_the_penalty_of_a_layer_is_that_of_all_its_ffns():
+  counts = {
+    kind: HiddenCounts(fired=None, routed=None, penalty=jnp.array(penalty))
+    for kind, penalty in {"ffn": [[1.0, 2], [3, 4]], "shared": [[10.0], [20]], "first": [[5.0]]}.items()
+  }
+  assert penalty_per_layer(counts).tolist() == [5, 13, 27]
+  del counts["shared"], counts["first"]
+  assert penalty_per_layer(counts).tolist() == [3, 7]
 
 
 def test_the_staged_schedule_is_prosparses():

@@ -33,7 +33,7 @@ def small(text="stdlib", sparsity=(), train=(), **model):
   config = default.get_config()
   config.activation = "drelu"
   config.model.update({"num_layers": 2, "d_model": 16, "d_ff": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8})
-  config.model.update(model)
+  config.model.update({"remat": "none", **model})
   config.data.train = str(text)
   config.train.update({"steps": 8, "warmup_steps": 2, "seq_len": 16, "batch_size": 8, "checkpoint_every": 4})
   config.train.update({"log_every": 1, "eval_every": 100, "eval_batches": 1, **dict(train)})
@@ -45,11 +45,12 @@ def source(config, seed=3):
   """A random SwiGLU model of the config's shape."""
   model = Transformer(dataclasses.replace(model_config(config), activation="swiglu", hidden_thresholds=False))
 
-  def restore(target):
-    del target
-    return jax.jit(functools.partial(init_parameters, model))(jax.random.key(seed)), 0
+  return Source(lambda target: (jax.tree.map(jnp.copy, random_parameters(model, seed)), 0), model.config)
 
-  return Source(restore, model.config)
+
+@functools.cache
+def random_parameters(model, seed):
+  return jax.jit(functools.partial(init_parameters, model))(jax.random.key(seed))
 
 
 def one_device():
@@ -128,34 +129,61 @@ def losses(config, devices=1, steps=4, **sizes):
   return np.array(found), state
 
 
-MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "dense_layers": 1,
-       "dense_d_ff": 32, "num_kv_heads": 2}  # fmt: skip
-OF_MOE = {"sparsity": {"penalty_weight": 0.01, "swap_until": 0.25}, "train": {"distill_weight": 0.5}}
+MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "num_kv_heads": 2}
 
 
-def test_a_recipe_does_not_depend_on_the_mesh_nor_on_how_experts_are_computed():
-  wanted, _ = losses(small(**OF_MOE, moe_impl="dense", **MOE))
+def test_penalties_do_not_depend_on_the_mesh_nor_on_how_experts_are_computed():
+  config = small(sparsity={"penalty_weight": 0.01, "swap_until": 0.25}, moe_impl="dense", **MOE)
+  wanted, _ = losses(config, steps=2)
   assert (wanted > 0).all()
-  sharded, _ = losses(small(**OF_MOE, moe_impl="ep_allgather", **MOE), 8, fsdp=2, tensor=2, expert=2)
+  config.model.moe_impl = "ep_allgather"
+  sharded, _ = losses(config, 4, steps=2, tensor=2, expert=2)
   np.testing.assert_allclose(sharded, wanted, rtol=1e-4)
 
 
-def test_the_terms_of_the_loss_are_their_definitions():
-  config = small(sparsity={"penalty_weight": 0.02}, train={"distill_weight": 0.4, "distill_temperature": 2.0})
-  run = prepare(config, one_device())
-  params, model, one = source(config).restore(None)[0], run.model, batch(0)
+class Steps:
+  """Two steps of a recipe with a teacher, a penalty, thresholds and a watch over dead neurons: one program."""
+
+  def __init__(self):
+    self.config = small(sparsity={"penalty_weight": 0.02, "threshold": 0.02, "dead_after": 2}, hidden_thresholds=True,
+                        train={"distill_weight": 0.4, "distill_temperature": 2.0})  # fmt: skip
+    self.run, begins = prepare(self.config, one_device()), source(self.config)
+    self.own = begins.restore(None)[0]
+    self.own["layers"]["ffn"]["up"] = self.own["layers"]["ffn"]["up"].at[1, :, 5].set(0)  # a neuron that never fires
+    dead = lambda _: (jax.tree.map(jnp.copy, self.own), 0)  # noqa: E731
+    restore = thresholds.restored_with(dead, begins.config, {"ffn": 2}, 0.02)
+    self.params, _ = restore(self.run.target.params)
+    state, _ = initial_state(self.run, 0, lambda _: (jax.tree.map(jnp.copy, self.params), 0))
+    step = compiled_step(self.run, self.config)
+    state, self.metrics = step(state, batch(0), self.own)
+    self.state, self.last = step(state, batch(1), self.own)
+
+
+@pytest.fixture(scope="module")
+def steps():
+  return Steps()
+
+
+def test_the_terms_of_the_loss_are_their_definitions(steps):
+  one, model, params, metrics = batch(0), steps.run.model, steps.params, steps.metrics
   real = one["segment_ids"] > 0
-  q, p = (jax.nn.log_softmax(out(each, params) / 2.0) for each in (model, run.teacher.model))
-  nll, log_z = cross_entropy(out(model, params), one["targets"][real])
+  student, teacher = out(model, params), out(steps.run.teacher.model, steps.own)
+  q, p = (jax.nn.log_softmax(logits / 2.0) for logits in (student, teacher))
+  nll, _ = cross_entropy(student, one["targets"][real])
   _, passes = jax.jit(functools.partial(ffn_passes, model))(params, one)
   weights, x = params["layers"]["ffn"], np.asarray(passes["layers"].x)[:, real]  # [L, tokens, D]
   hidden = np.maximum(x @ weights["gate"], 0) * np.maximum(x @ weights["up"], 0)
-
-  state = initial_state(run, 0, lambda _: (jax.tree.map(jnp.copy, params), 0))[0]
-  metrics = compiled_step(run, config)(state, one, params)[1]
+  hidden = np.where(hidden < 0.02, 0, hidden)
   np.testing.assert_allclose(metrics["loss"], nll.mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics["distillation"], 0.4 * 4 * np.sum(np.exp(p) * (p - q), -1).mean(), rtol=1e-4)
   np.testing.assert_allclose(metrics["sparsity_penalty"], 0.02 * hidden.sum((0, 2)).mean(), rtol=1e-4)
+
+
+def test_thresholds_are_parameters_that_a_source_without_them_gets_and_that_learn(steps):
+  assert steps.params["layers"]["ffn"]["threshold"].tolist() == [np.float32(0.02)] * 2
+  assert jax.tree.structure(thresholds.without(steps.params)) == jax.tree.structure(steps.own)
+  learned = np.asarray(steps.state.params["layers"]["ffn"]["threshold"])
+  assert (learned != np.float32(0.02)).all() and steps.metrics["zero_fraction"] > 0.75
 
 
 def test_what_the_rules_freeze_stays_and_is_shared_with_the_teacher():
@@ -193,15 +221,8 @@ def test_turning_neurons_over_changes_nothing_of_swiglu_and_refitting_helps_drel
   assert np.square(fitted - wanted).sum() < 0.5 * np.square(swapped - wanted).sum()
 
 
-def test_dead_neurons_are_counted_and_revived_without_a_change():
-  config = small(sparsity={"dead_after": 2})
-  run = prepare(config, one_device())
-  params = jax.tree.map(jnp.copy, source(config).restore(None)[0])
-  params["layers"]["ffn"]["up"] = params["layers"]["ffn"]["up"].at[1, :, 5].set(0)
-  state, _ = initial_state(run, 0, lambda _: (params, 0))
-  step = compiled_step(run, config)
-  for i in range(2):
-    state, metrics = step(state, batch(i))
+def test_dead_neurons_are_counted_and_revived_without_a_change(steps):
+  run, state, metrics = steps.run, steps.state, steps.last
   dead = np.asarray(guards.dead(state.memory["idle"], 2)["ffn"])[:, 0]
   assert dead[1, 5] and metrics["dead_neurons_per_layer"].tolist() == dead.sum(1).tolist()
   told = set()
@@ -221,20 +242,6 @@ def test_dead_neurons_are_counted_and_revived_without_a_change():
   assert (
     not adam.nu["layers"]["ffn"]["gate"][1, :, 5].any() and not np.asarray(idle["ffn"]["neurons"])[dead[:, None]].any()
   )
-
-
-def test_thresholds_are_parameters_that_a_source_without_them_gets():
-  config = small(sparsity={"threshold": 0.02, "penalty_weight": 0.01}, hidden_thresholds=True)
-  run, begins = prepare(config, one_device()), source(config)
-  restore = thresholds.restored_with(begins.restore, begins.config, {"ffn": 2}, 0.02)
-  params, _ = restore(run.target.params)
-  assert params["layers"]["ffn"]["threshold"].tolist() == [np.float32(0.02)] * 2
-  assert jax.tree.structure(thresholds.without(params)) == jax.tree.structure(begins.restore(None)[0])
-  state, _ = initial_state(run, 0, lambda _: (params, 0))
-  step = compiled_step(run, config)
-  state, metrics = step(state, batch(0))
-  state, _ = step(state, batch(0))
-  assert (np.asarray(state.params["layers"]["ffn"]["threshold"]) != 0.02).all() and metrics["zero_fraction"] > 0.75
 
 
 def test_without_a_recipe_there_is_none():

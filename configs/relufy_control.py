@@ -5,8 +5,8 @@
 CONFIG is the name of a config of ours, stories_relufy if left out. What a ReLUfied model loses against this one is what
 its zeros cost; against the base alone, further training would be taken for a better recipe. A config that states
 `config.control`, as stories_relufy.py:best does, trains its control itself; several runs share one by
---config.control.workdir=runs/control. stories260k, 1600 steps: 1.392 where the base has 1.384, measured elsewhere in
-windows of 256 tokens (docs/recipes.md).
+--config.control.workdir=runs/control. stories260k, 1600 steps: 1.369 where the base has 1.373, a difference within its
+interval (docs/recipes.md).
 """
 
 import importlib

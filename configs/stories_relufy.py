@@ -5,8 +5,8 @@
     --config.data.train=tinystories/train.jsonl --config.data.validation=tinystories/valid_v2.jsonl
 
 HF_DIR is a Hugging Face directory of karpathy/tinyllamas' stories260K. Without `:best` it is the plain swap of Turbo
-Sparse: after 1600 steps 1.519 with 70.9 % zeros, 0.149 above a control that keeps SwiGLU. `:best` trains that control too
-and reports the loss above it: neurons turned over and `down` refitted before the first step, the base as the teacher,
+Sparse: after 1600 steps 1.519 with 70.9 % zeros, 0.149 above a control that keeps SwiGLU. `:best` trains that control
+too and reports the loss above it: neurons turned over, `down` refitted before the first step, the base as the teacher
 and a log-sum penalty whose weight a controller moves to 87 % zeros. docs/recipes.md says how it was chosen and what has
 been measured. End-of-text tokens, which this model never saw, are not scored.
 """

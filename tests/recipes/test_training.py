@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,8 @@ from rich.console import Console
 from configs import default
 from tests.train.test_alive import HELD_OUT
 from tests.train.test_step import batch
-from tsparse import sharding
+from tsparse import check, sharding
 from tsparse import workdir as workdirs
-from tsparse.check import check_step
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.models.loss import cross_entropy
@@ -278,7 +278,20 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(changes, sentence):
     section, _, name = field.rpartition(".")
     (config[section] if section else config)[name] = value
   with pytest.raises(UserError, match=sentence):
-    check_step(config, one_device(), "cpu")
+    check.check_step(config, one_device(), "cpu")
+
+
+def test_a_recipe_without_its_start_or_with_a_teacher_of_other_tokens_is_refused(monkeypatch):
+  config = small(train={"distill_weight": 0.5, "distill_teacher": "there"})
+  other = dataclasses.replace(model_config(config), vocab_size=512)
+  monkeypatch.setattr(check, "open_model", lambda path: types.SimpleNamespace(config=other, vocabulary="bytes"))
+  for refused, sentence in (
+    (config, "distill_teacher there has another vocabulary"),
+    (small(train={"distill_weight": 0.5}), "there is no teacher: give a config.init"),
+    (small(sparsity={"start": "signs"}), "there is no config.init to swap the activation of"),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      check.check_recipe(refused)
 
 
 def test_a_teacher_of_another_shape_shares_nothing():

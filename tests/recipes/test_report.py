@@ -14,6 +14,7 @@ from tsparse import files
 from tsparse.analysis import gap, tables
 from tsparse.analysis.calibrate import calibrate
 from tsparse.analysis.charts import charts
+from tsparse.analysis.plots import draw_beside
 from tsparse.errors import UserError
 from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import model_config
@@ -86,6 +87,8 @@ def test_a_sweep_with_controls_shows_what_the_zeros_of_each_run_cost(tmp_path):
   assert [(s.model, s.points[0][0], round(s.points[0][1], 3)) for s in chart.views[0].data] == [
     ("plain", 0.7, 0.15), ("kl", 0.7, 0.1),
   ]  # fmt: skip
+  figure = draw_beside([chart], [["plain", "kl"]], height=5, width=9)
+  assert {text.get_text() for text in figure.axes[0].texts} == {"plain", "kl"}
   assert gather.frontier([model("plain", 1.5, 0.7)]) is None
 
 

@@ -54,7 +54,8 @@ class View(NamedTuple):
 
 
 class Chart(NamedTuple):
-  """Views of one subject, all of one `kind`: lines, intervals or heat. `terms` are keys of the definitions."""
+  """Views of one subject, all of one `kind`: lines, intervals, heat, or points, which the page cannot show. `terms` are
+  keys of the definitions."""
 
   key: str
   title: str

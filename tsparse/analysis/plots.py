@@ -33,13 +33,13 @@ def draw(chart: Chart, models: list[str]):
   return draw_beside([chart], [models])
 
 
-def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 3.9):
-  """A Figure `height` inches high of the first views of several charts, side by side, each with names of its own."""
+def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 3.9, width: float = 6.2):
+  """A Figure of the first views of several charts, side by side, each with names of its own and so many inches big."""
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   with rc_context(STYLE):
-    figure = Figure(figsize=(6.2 * len(charts), height), layout="constrained")
+    figure = Figure(figsize=(width * len(charts), height), layout="constrained")
     for axes, chart, names in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, models, strict=True):
       view = chart.views[0]
       axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
@@ -123,7 +123,46 @@ def _heat(axes, view: View, models: list[str]):
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-KINDS = {"lines": _lines, "intervals": _intervals, "heat": _heat}
+def _points(axes, view: View, models: list[str]):
+  axes.grid(color=GRID, alpha=0.25, lw=0.7)
+  colours = [COLOURS[models.index(series.model) % 5] for series in view.data]
+  xs, ys = zip(*(series.points[0] for series in view.data), strict=True)
+  axes.scatter(xs, ys, s=36, c=colours, zorder=3)
+  _scale(axes.xaxis, view.x, xs)
+  _scale(axes.yaxis, view.y, ys)
+  axes.margins(0.12, 0.08)
+  axes.figure.draw_without_rendering()
+  spots = [axes.transData.transform(point) for point in zip(xs, ys, strict=True)]
+  scale, taken = axes.figure.dpi / 72, []
+  for i in sorted(range(len(spots)), key=lambda i: tuple(-spots[i])):  # from the right
+    series, colour, best = view.data[i], colours[i], None
+    for dx, dy, align in LABEL_PLACES:
+      label = axes.annotate(
+        series.model, series.points[0], (dx, dy), textcoords="offset points", color=colour, ha=align, va="center",
+        fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 3},
+      )  # fmt: skip
+      box = label.get_window_extent().padded(scale)
+      hit = sum(box.overlaps(other) for other in taken) + sum(box.padded(4 * scale).contains(*each) for each in spots)
+      if best is None or hit < best[0]:
+        if best:
+          best[1].remove()
+        best = hit, label, box
+      else:
+        label.remove()
+      if not hit:
+        break
+    taken.append(best[2])
+
+
+# Where the name of a point may stand, in points from it: beside it, above and below, then further and further off.
+LABEL_PLACES = [
+  (sign * dx, dy, "left" if sign > 0 else "right")
+  for far in range(7)
+  for dy in ((0, 12 * far, -12 * far) if far else (0,))
+  for dx in (9 + 5 * far,)
+  for sign in (1, -1)
+]
+KINDS = {"lines": _lines, "intervals": _intervals, "heat": _heat, "points": _points}
 
 
 def _scale(axis, settings: Axis, values: list[float]):

@@ -47,7 +47,7 @@ def gather(runs: Sequence[Run], folder: Path, states: Mapping[str, tuple[str, st
   made = [("results", "sweep.csv"), ("picture", "sweep.png"), ("report", "report/report.html")]
   if chart := frontier(last):
     names = [m["name"] for m in last]
-    files.write(folder / "frontier.png", png(draw_beside([chart], [names], height=max(5.0, 1 + 0.25 * len(names)))))
+    files.write(folder / "frontier.png", png(draw_beside([chart], [names], height=5.8, width=9)))
     made.insert(2, ("frontier", "frontier.png"))
   for what, name in made:
     console.print(f"{what}  {folder / name}", highlight=False, markup=False, soft_wrap=True)
@@ -144,10 +144,10 @@ def charts(runs: Sequence[Run], models: Sequence[dict]) -> Iterator[tuple[Chart,
 
 
 def frontier(models: Sequence[dict]) -> Chart | None:
-  """Loss above the control by zeros, a ring for each run; None where fewer than two have a control."""
-  points = [Series(m["name"], [[m["zero_fraction"]["mean"], m["gap"][0]]], mark="ring") for m in models if "gap" in m]
+  """Loss above the control by zeros, a point for each run; None where fewer than two have a control."""
+  points = [Series(m["name"], [[m["zero_fraction"]["mean"], m["gap"][0]]]) for m in models if "gap" in m]
   view = View("", ZEROS, Axis("loss above the control, nats per token"), points)
-  return Chart("frontier", "What zeros cost", "lines", [view], ()) if len(points) > 1 else None
+  return Chart("frontier", "What zeros cost", "points", [view], ()) if len(points) > 1 else None
 
 
 def _models(run: Run) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A stored model as lm-evaluation-harness asks for it, so that each of its tasks runs on it.
 
-Texts become tokens, too long ones are cut and answers are ended as by lm-eval's own transformers backend (`hf`); what is
-computed is ours: scores.py for log-likelihoods, the decoder (sparse/generate.py) for generated text.
+Texts become tokens, too long ones are cut and answers are ended as by lm-eval's own transformers backend (`hf`). What
+is computed is ours: scores.py for log-likelihoods, the decoder (sparse/generate.py) for generated text.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ def scores(results: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, str]
         "task": task,
         "shots": results[0]["n-shot"].get(task),
         "metric": metric if filtered == "none" else f"{metric} ({filtered})",
-        "values": [each[key] for each in of_task],
+        "values": [float(each[key]) for each in of_task],
         "stderr": [e if isinstance(e := each.get(error), float) else None for each in of_task],
       })  # fmt: skip
   return rows
@@ -90,6 +90,9 @@ def chart(evaluation: Mapping[str, Any]) -> Chart | None:
     name = row["task"] if len({r["metric"] for r in rows if r["task"] == row["task"]}) == 1 else _named(row)
     lists.append(sorted(points.items()))
     series.append(Series(name, [list(point) for point in lists[-1]]))
+  for suite, means in evaluation["suites"].items():
+    points = sorted((level, mean) for level, mean in zip(levels, means, strict=True) if level is not None)
+    series.append(Series(f"{suite}, mean", [list(point) for point in points]))
   if not series or len(lists[0]) < 2:
     return None
   axes = Axis("share of the hidden set to zero per token", percent=True), Axis("accuracy", percent=True)

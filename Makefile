@@ -1,7 +1,7 @@
 # make demo    ReLUfy a tiny model end to end: 4 to 5 minutes on 2 cores, and 2 to install
 # make test    the whole test suite
 # make lint    ruff
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 RUN = .venv/bin/python
 
 .PHONY: demo test lint
@@ -17,8 +17,8 @@ lint: .venv/requirements-dev
 	.venv/bin/ruff format --check .
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "error: $(PYTHON) is not Python 3.11; name one by make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one by make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 
 # An empty file of the same name as a requirements file says that it is installed.

@@ -122,7 +122,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     result = run(*words[2:], script=script)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     done.append(script)
-  assert done.count("run.py") > 7 and done.count("convert.py") == 2 and done.count("analyze.py") == 2
+  assert done.count("run.py") > 7 and done.count("convert.py") == 3 and done.count("analyze.py") == 2
   assert done.count("plan.py") > 1 and done.count("generate.py") == 2 and done.count("data.py") > 2
 
 

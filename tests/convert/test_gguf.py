@@ -1,5 +1,6 @@
 """GGUF files read back by the gguf package: every tensor bit for bit, every field; and what is refused."""
 
+import io
 import json
 import resource
 import shutil
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from tests.convert import test_sparse_families as published
@@ -131,7 +133,10 @@ def expect(tensors, wanted):
 )
 def test_every_tensor_and_field_of_a_stock_file_is_the_models(case, dtype, asked, tmp_path):
   weights, _ = write(tmp_path / "theirs", case, dtype)
-  convert(tmp_path / "theirs", tmp_path / "out", "gguf", dtype=asked)
+  printed = io.StringIO()
+  convert(tmp_path / "theirs", tmp_path / "out", "gguf", dtype=asked, console=Console(file=printed))
+  windows = "warning: the file says a context of 7 tokens, not 64: its readers know no windows.\n"
+  assert printed.getvalue().count(windows) == (case == "linear")
   fields, tensors, kinds = read(tmp_path / "out" / "model.gguf")
   factors = tensors.pop("rope_freqs.weight", None)
   expect(tensors, expected(weights, asked or dtype, halves=case == "qwen2"))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.data.conftest import documents_of, settings
-from tsparse.data import check_data, train_iterator
+from tsparse.data import accounts_at, check_data, train_iterator
 from tsparse.data.resolve import seqio_provider
 from tsparse.data.settings import data_settings
 from tsparse.data.tensorflow import load_tensorflow
@@ -108,6 +108,26 @@ def test_lanes_share_a_cache_of_fewer_documents_than_lanes(tmp_path):
     drawn.update(documents_of([{key: rows[row] for key, rows in batch.items()} for batch in batches]))
   assert sorted(drawn) == [f"number {i}".encode() for i in range(5)]
   assert max(drawn.values()) - min(drawn.values()) <= 8
+
+
+def test_a_long_cached_document_leaves_the_other_sources_their_share(tmp_path):
+  """It comes in pieces of 8192 tokens, as from a file, and its position among them is kept."""
+  for name, texts in {"long": ["word " * 20_000], "short": [f"number {i}" for i in range(200)]}.items():
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = seqio_provider(str(tmp_path / f"{name}.jsonl"), data_settings(settings("")))
+    write_as_the_job_does(task, tmp_path / "cached")
+  (tmp_path / "held_out.jsonl").write_text('{"text": "another"}\n')
+  config = settings("", tmp_path / "held_out.jsonl", lanes=2, cached=str(tmp_path / "cached"))
+  config.mixture = f"{tmp_path}/long.jsonl:1,{tmp_path}/short.jsonl:1"
+  iterator = train_iterator(config, seq_len=256, batch_size=4, seed=0)
+  batches = list(itertools.islice(iterator, 60))  # 61,440 tokens; the document has 100,001
+  long, short = (account["share"] for account in accounts_at(iterator.state()))
+  assert abs(long - short) < 2 * 8192 / 61_440
+  letters = b"".join(documents_of([{key: x[:2] for key, x in batch.items()} for batch in batches]))
+  assert 2_000 < letters.count(b"word ") < 4_000
+  again = train_iterator(config, seq_len=256, batch_size=4, seed=0)
+  again.restore(iterator.state())
+  assert [next(again)["targets"].tolist() for _ in range(9)] == [next(iterator)["targets"].tolist() for _ in range(9)]
 
 
 def test_a_cache_of_other_text_is_not_read(jsonl, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from tests.gpu import lowered_for_gpu
 from tsparse import sharding
 from tsparse.models import attention as attention_module
 from tsparse.models.attention import Rule, attention, cpu_attention, cuda_attention, tpu_attention, xla_attention
@@ -110,9 +111,11 @@ def test_each_platform_gets_its_lowering(rows, dtype, window, expected):
   """Tracing and lowering for an accelerator need none, nor its libraries."""
   *args, _ = operands(256, 4, 2, 64, rows=rows, dtype=dtype)
   gradient = jax.jit(jax.grad(lambda *a: attention(*a, window).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
-  with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:2])):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:2])
+  with jax.set_mesh(mesh):
     traced = gradient.trace(*args)
-    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in expected}
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu")}
+  texts["cuda"] = lowered_for_gpu(gradient, *args, mesh=mesh.abstract_mesh)
   assert {name: text.count("tpu_custom_call") + text.count("triton") for name, text in texts.items()} == expected
 
 

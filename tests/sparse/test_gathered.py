@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from tests.gpu import lowered_for_gpu
 from tests.sparse.test_kernels import close, counted, layer
 from tsparse.activations import activation
 from tsparse.sparse.kernels import gpu, reference, table, tpu
@@ -72,7 +73,7 @@ def program(kernels, mode):
 def test_the_kernels_for_gpus_are_lowered_without_one(mode, rank, kernels):
   """At Mistral's shape; lowering checks shapes and operations, and the compiler of Triton comes after it."""
   args = abstract(2, 1, 1, 14_336, 4096, (4096,), rank)
-  text = program(gpu, mode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered_for_gpu(program(gpu, mode), *args)
   assert text.count("xla.gpu.triton") == kernels
 
 

@@ -71,7 +71,7 @@ def test_a_step_follows_the_gradient_of_weighted_cross_entropy():
   negative = np.array([0.2, 0.4], np.float32)
   with jax.set_mesh(mesh):
     observe, settings = fit.Gradient("before_norm"), (jax.tree.map(jnp.asarray, weights), jnp.asarray(negative))
-    losses, gradient = probe(Transformer(config), params, data.batches, mesh, observe, settings).sums["ffn"]
+    losses, gradient = probe(Transformer(config), params, data.batches, mesh, observe, {"ffn": settings}).sums["ffn"]
   for layer in range(2):
     x, fired, reached = (seen[key][layer].astype(float) for key in ("residual", "hidden", "reached"))
     fc1, fc2 = (weights[key][layer].astype(float).reshape(-1, *weights[key].shape[-2:]) for key in ("fc1", "fc2"))

@@ -35,7 +35,8 @@ def convert(
 ) -> Model:
   """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened unless in a GGUF.
 
-  In memory there is at most the largest parameter, as stored in `source`, and 2 GiB.
+  In memory there is at most the largest parameter, as stored in `source`, and 2 GiB; for a GGUF with experts, thrice a
+  layer's of one kind, which are one tensor there.
 
   Args:
     source: a Hugging Face directory or a workdir of ours.

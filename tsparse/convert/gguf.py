@@ -88,6 +88,7 @@ FLOAT32 = np.dtype("float32")
 # dtype -> (its name in gguf.GGMLQuantizationType, the file's in gguf.LlamaFileType)
 TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
 ALIGNMENT = 32  # bytes
+ROWS = 1024  # of a matrix, cast at a time
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -271,13 +272,17 @@ def cast_within(name: str, leaf: Leaf) -> Leaf:
   """The tensor as float16; reading it raises UserError where it holds more than float16 can."""
 
   def read(_: tuple) -> np.ndarray:
-    wide = leaf.read(()).astype(np.float32, copy=False)
-    with np.errstate(over="ignore"):
-      narrow = wide.astype(np.float16)
-    lost = np.isinf(narrow) & np.isfinite(wide)
-    if lost.any():
-      value = wide[lost][0]
-      raise UserError(f"tensor {name} holds {value:g}, and float16 ends at {LARGEST:g}: choose --dtype=float32.")
+    whole = leaf.read(())
+    narrow = np.empty(whole.shape, np.float16)
+    source, target = (x.reshape(-1, x.shape[-1]) for x in (whole, narrow))
+    for start in range(0, len(source), ROWS):  # not all at once in float32
+      wide = source[start : start + ROWS].astype(np.float32)
+      with np.errstate(over="ignore"):
+        target[start : start + ROWS] = wide
+      lost = np.isinf(target[start : start + ROWS]) & np.isfinite(wide)
+      if lost.any():
+        value = wide[lost][0]
+        raise UserError(f"tensor {name} holds {value:g}, and float16 ends at {LARGEST:g}: choose --dtype=float32.")
     return narrow
 
   return dataclasses.replace(leaf, dtype=np.dtype("float16"), read=read)

@@ -232,26 +232,35 @@ def _mixer(
   chat = ChatEncoder(tokenizer, encoder)
   streams: list[Stream] = []
   lengths = []
+  bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
   for number, (source, split) in enumerate(chosen):
     documents = source.documents.get(split)
     if documents is None or data.cached:
-      streams.append(_task_stream(source, split, data, seed, lane, lanes, epochs))
+      # In pieces as those of files, in training: a long document would keep its lane from the other sources.
+      size = encoder.size // bytes_per_token if epochs is None else None
+      streams.append(_task_stream(source, split, data, seed, lane, lanes, epochs, size))
     else:
       streams.append(FileStream(documents, chat if source.chat else encoder, (seed, number), lane, lanes, epochs))
-    bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly
     length = None if documents is None else min(documents.length.mean(), encoder.size) / bytes_per_token
     lengths.append(length or TASK_TOKENS)
   return Mixer(streams, [source.weight for source, _ in chosen], lengths, (seed, lane))
 
 
 def _task_stream(
-  source: Source, split: str, data: DataSettings, seed: int, lane: int, lanes: int, epochs: int | None = None
+  source: Source,
+  split: str,
+  data: DataSettings,
+  seed: int,
+  lane: int,
+  lanes: int,
+  epochs: int | None = None,
+  size: int | None = None,
 ) -> TaskStream:
   task = resolve.seqio_task(source, data.vocabulary)
   if data.cached:
     tasks.check_cached(task, data.cached)
   without = None if data.eos else load_tokenizer(data.vocabulary).eos
-  return TaskStream(task, split, without, seed, lane, lanes, epochs, bool(data.cached))
+  return TaskStream(task, split, without, seed, lane, lanes, epochs, bool(data.cached), size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,17 @@ class Packer:
     self._mask = np.ones(len(self._pending) - 1, np.int32) if state["mask"] is None else _array(state["mask"])
 
 
+def piece_state(piece: Piece) -> list[Any]:
+  """A piece as JSON."""
+  return [_text(piece.tokens), None if piece.mask is None else _text(piece.mask), piece.context, piece.ends]
+
+
+def restored_piece(state: list[Any]) -> Piece:
+  """The piece of a `piece_state`."""
+  tokens, mask, context, ends = state
+  return Piece(_array(tokens), None if mask is None else _array(mask), context, ends)
+
+
 def _text(x: np.ndarray) -> str:
   return base64.b64encode(x.astype("<i4").tobytes()).decode()
 

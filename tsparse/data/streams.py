@@ -15,7 +15,7 @@ import numpy as np
 from tsparse.data.chat import ChatEncoder, Conversation
 from tsparse.data.encoding import Encoder
 from tsparse.data.order import round_keys, shuffled
-from tsparse.data.packing import Piece
+from tsparse.data.packing import Piece, piece_state, restored_piece
 from tsparse.data.sources import Documents
 from tsparse.data.tensorflow import load_tensorflow, silent_stderr
 from tsparse.errors import UserError
@@ -103,7 +103,8 @@ class TaskStream:
   """Documents of a seqio task, in seqio's order of the shard `lane` of `lanes`, or every `lanes`-th of a small cache.
 
   The position is that of tf.data's iterator with all that its shuffle and prefetch buffers hold, megabytes for each
-  lane: 4 to 6 MB were measured on 300 documents of 4 KB. Documents in files have three numbers instead.
+  lane: 4 to 6 MB were measured on 300 documents of 4 KB. Documents in files have three numbers instead. What is left
+  of a document that is given in pieces is part of it too.
   """
 
   def __init__(
@@ -116,18 +117,30 @@ class TaskStream:
     lanes: int,
     epochs: int | None = None,
     cached: bool = False,
+    size: int | None = None,
   ):
-    """`cached`: reads the tokens that seqio's cache job wrote, see `tasks.check_cached`."""
+    """`cached`: reads the tokens that seqio's cache job wrote, see `tasks.check_cached`; `size`: tokens of a piece."""
     self._open: Callable[[], Any] = lambda: _iterate(task, split, seed, lane, lanes, epochs, cached)
     self._title, self._shard = f"The seqio task {task.name!r}: its", f"shard {lane} of {lanes}"
     self._endless = epochs is None
     self._without_eos = without_eos
     self._iterator: list[Any] = []
+    self._size = size
+    self._rest: Piece | None = None  # of the document that was taken last
     self.taken = 0
     self._started = False
 
   def next_piece(self) -> Piece | None:
     """See `Stream`."""
+    piece, self._rest = self._rest or self._next_document(), None
+    if piece is None or self._size is None or len(piece.tokens) <= self._size:
+      return piece
+    (tokens, after), last = np.split(piece.tokens, [self._size]), int(piece.tokens[self._size - 1])
+    mask, mask_after = (None, None) if piece.mask is None else np.split(piece.mask, [self._size])
+    self._rest = Piece(after, mask_after, last)
+    return Piece(tokens, mask, piece.context, ends=False)
+
+  def _next_document(self) -> Piece | None:
     # SentencePiece's TensorFlow kernel writes a notice when it first runs, and cannot be told not to.
     with contextlib.nullcontext() if self._started else silent_stderr():
       self._started = True
@@ -152,7 +165,7 @@ class TaskStream:
           return Piece(tokens.astype(np.int32), None if mask is None else (mask > 0).astype(np.int32))
 
   def state(self) -> list[Any]:
-    """[documents taken, position of tf.data's iterator in base64]."""
+    """[documents taken, [position of tf.data's iterator in base64, what is left of the last document]]."""
     if not self._started:
       return [0, ""]
     with silent_stderr():
@@ -163,11 +176,14 @@ class TaskStream:
           f"{self._title} position cannot be saved ({e.message.strip()}), so that training on it could not be resumed; "
           "write its documents into files, or make its pipeline of stateless tf.data operations."
         ) from e
-    return [self.taken, base64.b64encode(state.numpy() if hasattr(state, "numpy") else state).decode()]
+    position = base64.b64encode(state.numpy() if hasattr(state, "numpy") else state).decode()
+    return [self.taken, [position, None if self._rest is None else piece_state(self._rest)]]
 
   def restore(self, state: list[Any]):
     """See `Stream`."""
     self.taken, position = state
+    position, rest = (position, None) if isinstance(position, str) else position
+    self._rest = None if rest is None else restored_piece(rest)
     if position:
       with silent_stderr():  # the kernels may run from here on
         self._started = True

@@ -131,13 +131,11 @@ def _models(run: Run) -> list[dict[str, Any]]:
 def _learning(run: Run) -> list[list[float]]:
   """[tokens, loss on held-out text] of the main stage."""
   path = run.workdir / "metrics.jsonl"
-  lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-  tokens, points = {}, []
-  for line in lines:
-    tokens |= {line["step"]: line["tokens_seen"]} if "tokens_seen" in line else {}
-    if line.get("validation_loss") is not None and line["step"] in tokens:
-      points.append([tokens[line["step"]], line["validation_loss"]])
-  return points
+  lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  each = run.config.train.batch_size * run.config.train.seq_len
+  before = next((line["tokens_seen"] - line["step"] * each for line in lines if "tokens_seen" in line), 0)
+  known = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+  return [[before + step * each, loss] for step, loss in known]
 
 
 def _is_number(value: Any) -> bool:

@@ -36,11 +36,12 @@ class Tracker:
     path = workdir / "wandb.json"
     if not path.exists():
       files.write(path, files.to_json({"id": secrets.token_hex(8)}))
+    offline = wandb.setup().settings.mode == "offline"  # where there is nothing to go on with
     try:
       self._run = wandb.init(
         project=config.wandb,
         id=json.loads(path.read_text())["id"],
-        resume="allow",
+        resume=None if offline else "allow",
         name=str(workdir),
         group=config.name,
         dir=str(workdir),

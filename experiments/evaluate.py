@@ -1,7 +1,7 @@
 """Evaluates a model on tasks of lm-evaluation-harness, as it is or with its FFN hidden masked.
 
   python experiments/evaluate.py --model=M --tasks=commonsense --out=DIR
-  python experiments/evaluate.py --model=M --tasks=arc_easy:5,questions.jsonl --sparse=topk:0,0.5,0.9 --out=DIR
+  python experiments/evaluate.py --model=M --tasks=arc_easy:5,questions.jsonl --sparse=off,topk:0.5,0.9 --out=DIR
 
 M is a workdir of ours or a Hugging Face directory. Tasks are those of lm-eval, each with :SHOTS if others than its own;
 the suites openllm, commonsense and section4; and files: .jsonl of {"query", "choices", "gold"} or of {"text"}, and
@@ -11,7 +11,7 @@ the suites openllm, commonsense and section4; and files: .jsonl of {"query", "ch
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # and not this folder: lm-eval imports a package `evaluate`
 
 from absl import flags
 
@@ -21,9 +21,7 @@ from tsparse.errors import UserError
 MODEL = flags.DEFINE_string("model", None, "A workdir of ours or a Hugging Face directory.")
 TASKS = flags.DEFINE_list("tasks", [], "What is asked, see above.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exist yet.")
-SPARSE = flags.DEFINE_multi_string(
-  "sparse", ["off"], "off, exact, predictor, topk:SHARE,... or threshold:T,...; may be repeated, each is a column."
-)
+SPARSE = flags.DEFINE_list("sparse", ["off"], "off, exact, predictor, topk:SHARE,... and threshold:T,...: the columns.")
 PREDICTORS = flags.DEFINE_string(
   "predictors", None, "Folder of those of --sparse=predictor. Default: MODEL/predictors."
 )

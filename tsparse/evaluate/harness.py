@@ -217,10 +217,12 @@ class Harness(TemplateLM):
     tokens, texts, done = [[] for _ in range(wanted)], [""] * wanted, [False] * wanted
     for step in stream(decoder, prompts, new, sampling):
       for row, token in enumerate(step[:wanted].tolist()):
+        if token in ends:
+          done[row] = True
         if not done[row]:
           tokens[row].append(token)
           texts[row] = self._tokens.decode(tokens[row])
-          done[row] = token in ends or any(stop in texts[row] for stop in until)
+          done[row] = any(stop in texts[row] for stop in until)
       if all(done):
         break
     return [functools.reduce(lambda text, stop: text.split(stop)[0], until, text) for text in texts]

@@ -67,15 +67,25 @@ def intervention(setting: Setting, config: ModelConfig, shared: bool) -> dict | 
   return LEVELS[setting.method][0](config, setting.level, shared) if setting.method in LEVELS else None
 
 
+def _number(text: str) -> float:
+  """NaN where it is none."""
+  try:
+    return float(text)
+  except ValueError:
+    return math.nan
+
+
 def parse(texts: Sequence[str]) -> list[Setting]:
-  """["off", "topk:0.5,0.9"] -> the settings in their order.
+  """["off", "topk:0.5", "0.9"] -> the settings in their order; a level alone is one more of the method before it.
 
   Raises:
     UserError: one is unknown, given twice, or has a level that cannot be.
   """
-  settings = []
+  settings, method = [], ""
   for text in texts:
-    method, colon, levels = text.partition(":")
+    if method in LEVELS and not math.isnan(_number(text)):
+      text = f"{method}:{text}"
+    method, colon, level = text.partition(":")
     if method in METHODS and not colon:
       settings.append(Setting(method))
       continue
@@ -84,14 +94,9 @@ def parse(texts: Sequence[str]) -> list[Setting]:
       nearest = difflib.get_close_matches(method, [*METHODS, *LEVELS], n=1, cutoff=0.0)[0]
       raise UserError(f"--sparse={text} is unknown, the nearest is {nearest}; choose of {', '.join(known)}.")
     _, holds, words = LEVELS[method]
-    for level in levels.split(","):
-      try:
-        number = float(level)
-      except ValueError:
-        number = math.nan
-      if not holds(number):
-        raise UserError(f"--sparse={text}: {level!r} is no level of {method}, which is {words}.")
-      settings.append(Setting(method, number))
+    if not holds(_number(level)):
+      raise UserError(f"--sparse={text}: {level!r} is no level of {method}, which is {words}.")
+    settings.append(Setting(method, _number(level)))
   twice = next((setting.name for setting in settings if settings.count(setting) > 1), None)
   if twice:
     raise UserError(f"--sparse={twice} is given twice: give it once.")

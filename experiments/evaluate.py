@@ -36,10 +36,10 @@ SAMPLES = flags.DEFINE_boolean("samples", False, "Write each question and answer
 
 def main():
   """Evaluates the model of the flags."""
-  from tsparse.evaluate.run import run  # JAX is imported only once the flags are known to be good
-
   if not MODEL.value or not TASKS.value or not OUT.value:
     raise UserError("--model, --tasks and --out are needed: give the model, what to ask and the folder to write.")
+  from tsparse.evaluate.run import run  # JAX is imported only once the flags are known to be good
+
   predictors, data = (Path(flag.value) if flag.value else None for flag in (PREDICTORS, DATA))
   masks = {"sparse": SPARSE.value, "predictors": predictors, "mask_shared": MASK_SHARED.value}
   sizes = {"limit": LIMIT.value, "batch_size": BATCH_SIZE.value, "max_length": MAX_LENGTH.value}

@@ -1,18 +1,20 @@
 """What `--tasks` and `--sparse` take and refuse: suites, files, data of the Hub on disk or not."""
 
 import json
+import sys
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.sparse.test_predictors import model_of, store
 from tsparse.errors import UserError
 from tsparse.evaluate import tasks
 from tsparse.evaluate.interventions import Setting, parse
 from tsparse.evaluate.report import suite_means
-from tsparse.evaluate.run import run
+from tsparse.evaluate.run import _load_lm_eval, run
 from tsparse.evaluate.scores import NARROWEST, Row, arrays, batched, width
 
 FOLDERS = (
@@ -104,8 +106,8 @@ def test_a_copy_of_a_data_set_of_the_hub_is_read_from_the_folder_of_data(tmp_pat
     (["xyzzy"], "suites are openllm, commonsense, section4"),
     (["openllm:5"], "the suite openllm has shots of its own"),
     (["arc_easy:few"], "'few' is no number of shots"),
-    (["arc_easy"], r"data of task arc_easy \(allenai/ai2_arc\) is not on this .*--local-dir=DATA/allenai/ai2_arc"),
-    (["mmlu"], r"the data of task mmlu \(cais/mmlu\) is not on this machine"),
+    (["arc_easy"], r"data of task arc_easy \(allenai/ai2_arc\) is not on this .*DATA/X` for X = allenai/ai2_arc, and"),
+    (["mmlu", "gsm8k"], r"data of task mmlu \(cais/mmlu\) is not on .* for X = cais/mmlu, openai/gsm8k, and give"),
     (["{tmp}/none.jsonl"], "there is no such file"),
     (["{tmp}/empty.jsonl"], "is empty: a file has lines of"),
     (["{tmp}/bad.jsonl"], "line 2 is no question"),
@@ -150,7 +152,7 @@ def test_tasks_that_cannot_be_asked_are_a_sentence(asked, sentence, tmp_path):
     ({"max_length": 513}, "the model is made for 512 tokens, give 2 to 512"),
     ({"batch_size": 12}, "use a multiple of 8"),
     ({"data": Path("nowhere")}, "--data=nowhere is no folder"),
-    ({"tasks": ["{tmp}/long.jsonl"], "max_length": 8}, "is 28 tokens: an answer must be 1 to 8, the model's context"),
+    ({"tasks": ["{tmp}/long.jsonl"], "max_length": 8}, "is 28 tokens and must be 1 to 8, the model's context: leave"),
     ({"tasks": ["{tmp}/write.yaml"], "max_length": 8}, "task write generates up to 256 tokens and the context is 8"),
     ({"tasks": ["{tmp}/write.yaml"]}, "task write asks for generation_kwargs num_beams"),
   ],
@@ -169,6 +171,27 @@ def test_what_cannot_be_evaluated_is_a_sentence_and_nothing_is_written(changes, 
   with pytest.raises(UserError, match=sentence):
     run(Path(arguments.pop("model")), **arguments, console=Console(quiet=True))
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_lm_eval_a_sentence_says_how_to_install_it(model, tmp_path, monkeypatch):
+  _load_lm_eval.cache_clear()
+  monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+  with pytest.raises(UserError, match="lm-eval is not installed .*pip install -r requirements-eval.txt"):
+    run(model, ["questions.jsonl"], tmp_path / "out", console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (["--model=nowhere"], "--model, --tasks and --out are needed"),
+    (["--model=nowhere", "--tasks=sciq", "--out=x", "--limit=0"], "--limit=0"),
+    (["--model=nowhere", "--tasks=sciq", "--out=x"], "nowhere holds no model"),
+  ],
+)
+def test_bad_input_to_the_command_is_one_sentence_and_exit_code_2(arguments, sentence):
+  done = commands.run("experiments/evaluate.py", *arguments)
+  assert done.returncode == 2 and sentence in done.stderr and done.stderr.startswith("error: ")
+  assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_settings_are_read_in_their_order():

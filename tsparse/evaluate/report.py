@@ -79,28 +79,25 @@ def _cell(value: float, error: float | None) -> str:
 
 
 def chart(evaluation: Mapping[str, Any]) -> Chart | None:
-  """Accuracy of each task against the level of top-k masks; None where there are fewer than two."""
+  """Accuracies of each task against the level of top-k masks; None where there are fewer than two levels."""
   levels = [
     0.0 if s["name"] == "off" else s["level"] if s["method"] == "topk" else None for s in evaluation["settings"]
   ]
   rows = [row for row in evaluation["scores"] if row["metric"].partition(" ")[0] in ACCURACIES]
-  series, lists = [], []
-  for row in rows:
-    points = {level: value for level, value in zip(levels, row["values"], strict=True) if level is not None}
-    name = row["task"] if len({r["metric"] for r in rows if r["task"] == row["task"]}) == 1 else _named(row)
-    lists.append(sorted(points.items()))
-    series.append(Series(name, [list(point) for point in lists[-1]]))
-  for suite, means in evaluation["suites"].items():
-    points = sorted((level, mean) for level, mean in zip(levels, means, strict=True) if level is not None)
-    series.append(Series(f"{suite}, mean", [list(point) for point in points]))
-  if not series or len(lists[0]) < 2:
+  drawn = [(row["task"], row["metric"], row["values"]) for row in rows]
+  drawn += [(suite, "mean", means) for suite, means in evaluation["suites"].items() if rows]
+  series = []
+  for name, metric, values in drawn:
+    points = {level: value for level, value in zip(levels, values, strict=True) if level is not None}
+    series.append(Series(name, [list(point) for point in sorted(points.items())], metric))
+  if not series or len(series[0].points) < 2:
     return None
-  axes = Axis("share of the hidden set to zero per token", percent=True), Axis("accuracy", percent=True)
+  values = [value for each in series for _, value in each.points]
+  low, high = min(values), max(values)
+  room = max(0.05, high - low)  # above the lines for the legend
+  limits = max(0.0, low - 0.1 * room), min(1.02, high + 0.4 * room)
+  axes = Axis("share of the hidden set to zero per token", percent=True), Axis("accuracy", percent=True, limits=limits)
   return Chart("accuracy", "Accuracy under the top-k mask", "lines", [View("", *axes, series)], ())
-
-
-def _named(row: Mapping[str, Any]) -> str:
-  return f"{row['task']}, {row['metric']}"
 
 
 def write(
@@ -122,7 +119,7 @@ def write(
   files.write(folder / "scores.csv", to_csv([shown.columns, *shown.rows]))
   drawn = chart(evaluation)
   if drawn is not None:
-    names = [series.model for series in drawn.views[0].data]
+    names = list(dict.fromkeys(series.model for series in drawn.views[0].data))
     files.write(folder / "accuracy.png", plots.png(plots.draw(drawn, names)))
   for setting, result in zip(evaluation["settings"], results, strict=True):
     files.write(folder / f"results_{_file_name(setting['name'])}.json", files.to_json(result))

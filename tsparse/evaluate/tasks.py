@@ -127,7 +127,7 @@ def load(asked: Sequence[str], data: Path | None = None) -> Loaded:
   _check_names(wanted, manager)
   for name, shots, metric in wanted:
     found = {name: _from_lines(Path(name))} if name.endswith(".jsonl") else None
-    tasks, groups = (found, {}) if found else _from_harness(name, manager, data)
+    tasks, groups = (found, {}) if found else _from_harness(name, [name for name, *_ in wanted], manager, data)
     tasks = {task.task_name: _with_shots(task, shots) for task in tasks.values()}
     for twice in sorted(set(tasks) & set(loaded.tasks)):
       shown = [task.config.num_fewshot for task in (loaded.tasks[twice], tasks[twice])]
@@ -172,8 +172,8 @@ def _check_names(wanted: Sequence[tuple[str, int | None, str]], manager) -> None
       )
 
 
-def _from_harness(name: str, manager, data: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Tasks and groups of a name or a YAML file, with their data."""
+def _from_harness(name: str, names: Sequence[str], manager, data: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Tasks and groups of a name or a YAML file, one of the `names` that are asked for, with their data."""
   name = str(Path(name).resolve()) if name.endswith(FILES) else name
   # A path such as allenai/ai2_arc means a folder below the current one to `datasets`, before it asks the Hub.
   where = contextlib.chdir(data) if data is not None and not name.endswith(FILES) else contextlib.nullcontext()
@@ -183,7 +183,7 @@ def _from_harness(name: str, manager, data: Path | None) -> tuple[dict[str, Any]
   except ImportError as error:
     raise UserError(f"task {name} needs a package that is not installed ({error}): install it by pip.") from None
   except Exception as error:  # of lm-eval, of data sets, of templates and of functions in a YAML: anything
-    raise UserError(_why(name, manager, error)) from None
+    raise UserError(_why(name, names, manager, error)) from None
   for task in found["tasks"].values():
     if getattr(task, "UNSAFE_CODE", False):
       raise UserError(f"task {task.task_name} runs the code that a model writes, which is refused: leave it out.")
@@ -192,17 +192,19 @@ def _from_harness(name: str, manager, data: Path | None) -> tuple[dict[str, Any]
   return found["tasks"], found["groups"]
 
 
-def _why(name: str, manager, error: Exception) -> str:
+def _why(name: str, names: Sequence[str], manager, error: Exception) -> str:
+  """What is wrong with a name, and where all the data of `names` comes from if it is that."""
   reason = next(iter(str(error).splitlines()), "") or type(error).__name__
   if name.endswith(FILES):
     return f"--tasks={name} is no task that lm-eval can read ({type(error).__name__}: {reason}): mend it."
   sets = sorted(_data_sets(name, manager.task_index))
   if not sets:
     return f"task {name} cannot be read ({type(error).__name__}: {reason})."
-  get = " and ".join(f"`hf download --repo-type=dataset {path} --local-dir=DATA/{path}`" for path in sets)
+  every = sorted(set().union(*(_data_sets(each, manager.task_index) for each in names)))
   return (
     f"the data of task {name} ({', '.join(sets)}) is not on this machine and cannot be fetched ({reason}): where there "
-    f"is a network, run {get}, and give that folder DATA here as --data=DATA."
+    f"is a network, run `hf download --repo-type=dataset X --local-dir=DATA/X` for X = {', '.join(every)}, and give "
+    "that folder DATA here as --data=DATA."
   )
 
 

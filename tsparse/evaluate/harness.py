@@ -120,8 +120,8 @@ class Harness(TemplateLM):
     for number, (texts, context, continuation) in enumerate(requests):
       if not 0 < len(continuation) <= self.max_length:
         raise UserError(
-          f"{texts[1][:60]!r} after {texts[0][-60:]!r} is {len(continuation)} tokens and must be 1 to {self.max_length}, "
-          "the model's context: leave that question out, or evaluate a model of a longer context."
+          f"{texts[1][:60]!r} after {texts[0][-60:]!r} is {len(continuation)} tokens and must be 1 to "
+          f"{self.max_length}, the model's context: leave that question out, or evaluate a model of a longer context."
         )
       whole = (*context, *continuation)
       self.cut.add(len(whole) - 1 - self.max_length)

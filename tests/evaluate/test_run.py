@@ -145,12 +145,12 @@ def test_experts_of_a_model_of_ours_answer_as_their_export_does_and_write_what_t
   run(tmp_path / "ours", tasks, out, samples=True, console=Console(quiet=True))
   assert_equal(out, "off", by_transformers(tmp_path / "export", tasks))
 
-  masks = intervention(Setting("topk", 0.75), model.config, shared=False)
+  plain, masks = (intervention(Setting("topk", level), model.config, shared=False) for level in (0, 0.75))
   decoder = dataclasses.replace(decoder_of(model, "off"), kernels="reference")
-  prompts = np.random.default_rng(0).integers(3, 512, (4, 110)).tolist()
+  prompts = np.random.default_rng(0).integers(3, 512, (4, 15)).tolist()
   whole, masked = (
     np.stack(list(stream(dataclasses.replace(decoder, interventions=by), prompts, 12)), axis=1).tolist()
-    for by in ((), by_layer(model.config, masks))
+    for by in (by_layer(model.config, each) for each in (plain, masks))
   )
   assert whole != masked
   mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
@@ -160,7 +160,7 @@ def test_experts_of_a_model_of_ours_answer_as_their_export_does_and_write_what_t
     assert likeliest.greedy and likeliest.last.argmax() == masked[index][-1]
 
 
-def test_predictors_mask_what_is_scored_and_exact_skips_only_zeros(shared_data, tmp_path):
+def test_predictors_mask_what_is_scored_and_exact_skips_only_zeros(tmp_path):
   config, params, _ = model_of("moe")
   store(tmp_path / "model", config, params)
   model, weights = open_model(tmp_path / "model"), weights_of(config)
@@ -174,16 +174,16 @@ def test_predictors_mask_what_is_scored_and_exact_skips_only_zeros(shared_data, 
   natural, masked = (setting["zero_fraction"] for setting in made["settings"])
   assert 0.3 < natural < 0.8 and natural + 0.1 < masked < 1
   merged = stored.merge(model, stored.load(tmp_path / "model" / "predictors", model))
-  for setting, used in (("exact", model), ("predictor", merged)):
-    (sample,) = read_samples(out, setting, "questions")
-    tokens, answers = np.zeros((2, 48), np.int32), [f" {text}".encode() for text in QUESTION["choices"]]
-    front = b"Question: The sky is\nAnswer:"
-    for row, answer in zip(tokens, answers, strict=True):
-      row[1 : 1 + len(front + answer)] = np.frombuffer(front + answer, np.uint8) + 3  # the byte vocabulary; BOS is 0
-    inputs = tokens, np.ones_like(tokens), np.broadcast_to(np.arange(48), tokens.shape)
-    logits = jax.jit(Transformer(used.config).apply)({"params": parameters(used)}, *inputs)[0]
-    found = np.asarray(jax.nn.log_softmax(logits))[:, len(front) :]
-    for row, answer, (log_p, greedy) in zip(found, answers, sample["filtered_resps"], strict=True):
-      ids = np.frombuffer(answer, np.uint8) + 3
-      assert log_p == pytest.approx(row[np.arange(len(ids)), ids].sum(), abs=1e-4)
-      assert greedy == (row[: len(ids)].argmax(-1) == ids).all()
+  exact, sample = (read_samples(out, setting, "questions")[0] for setting in sparse)
+  assert exact["filtered_resps"] != sample["filtered_resps"]
+  tokens, answers = np.zeros((2, 48), np.int32), [f" {text}".encode() for text in QUESTION["choices"]]
+  front = b"Question: The sky is\nAnswer:"
+  for row, answer in zip(tokens, answers, strict=True):
+    row[1 : 1 + len(front + answer)] = np.frombuffer(front + answer, np.uint8) + 3  # the byte vocabulary; BOS is 0
+  inputs = tokens, np.ones_like(tokens), np.broadcast_to(np.arange(48), tokens.shape)
+  logits = jax.jit(Transformer(merged.config).apply)({"params": parameters(merged)}, *inputs)[0]
+  found = np.asarray(jax.nn.log_softmax(logits))[:, len(front) :]
+  for row, answer, (log_p, greedy) in zip(found, answers, sample["filtered_resps"], strict=True):
+    ids = np.frombuffer(answer, np.uint8) + 3
+    assert log_p == pytest.approx(row[np.arange(len(ids)), ids].sum(), abs=1e-4)
+    assert greedy == (row[: len(ids)].argmax(-1) == ids).all()

@@ -48,10 +48,15 @@ metadata: {{version: 1}}
 
 @pytest.fixture(scope="module", autouse=True)
 def caches(tmp_path_factory):
-  """What `datasets` caches goes to a folder of the tests."""
+  """What `datasets` caches goes to a folder of the tests, and torch takes one thread: for such models the quickest."""
+  import torch
+
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     yield
+  torch.set_num_threads(threads)
 
 
 def save_tokenizer(shared_data, folder):
@@ -85,7 +90,7 @@ def by_transformers(folder, tasks, share=None):
   from lm_eval.evaluator import evaluate
   from lm_eval.models.huggingface import HFLM
 
-  theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4, max_length=LENGTH)
+  theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=16, max_length=LENGTH)
   if share:
     for layer in theirs.model.model.layers:
       layer.mlp.down_proj.register_forward_pre_hook(functools.partial(mask_largest, share=share))

@@ -46,6 +46,8 @@ class Tokenizer:
     bos: the id a document begins with: EOS where the tokenizer has no BOS, as such models are trained.
     eos: the id a document ends with.
     unk: the id of what cannot be encoded, or None.
+    adds_bos: whether transformers and lm-eval put BOS in front of a text: where the post-processor of a tokenizer.json
+      does, and for a SentencePiece model that has one. Documents begin with `bos` in any case.
   """
 
   path: str
@@ -57,6 +59,7 @@ class Tokenizer:
   bos: int
   eos: int
   unk: int | None
+  adds_bos: bool = True
 
   @functools.cached_property
   def size(self) -> int:
@@ -247,7 +250,9 @@ def _hugging_face(source: Source) -> Tokenizer:
   def decode(ids):
     return tokenizer.decode([i for i in ids if i not in (bos, eos)], skip_special_tokens=False)
 
-  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk))
+  return Tokenizer(
+    source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk), adds_bos=first
+  )
 
 
 def _sentencepiece(source: Source) -> Tokenizer:
@@ -297,7 +302,8 @@ def _sentencepiece(source: Source) -> Tokenizer:
       parts.append("".join(spelling.get(i, "") for i in run) if alone else model.decode(run))
     return "".join(parts)
 
-  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, model.unk_id())
+  unk, begins = model.unk_id(), own["bos"] is not None
+  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, unk, adds_bos=begins)
 
 
 def _pattern(content: str, single_word=False, lstrip=False, rstrip=False, **_unused) -> str:

@@ -252,7 +252,7 @@ def accounts(models: list[dict]) -> Iterator[Table]:
   row = ["operations of a token (FLOPs)"]
   for m in found:
     row += [count(m["flops"]["total"]), count(m["flops"]["activated"], m["flops"]["total"])]
-  columns = ["what is counted", *(heading for m in found for heading in (m["name"], "activated"))]
+  columns = ["counted", *(heading for m in found for heading in (m["name"], "activated"))]
   terms = ("activated", "embeddings", "flops")
   yield Table("Parameters and operations of one token", columns, [*rows, row], 1, 2, "accounting", terms)
 

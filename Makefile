@@ -22,7 +22,7 @@ lint: .venv/requirements-dev
 	$(PYTHON) -m venv .venv
 
 # An empty file of the same name as a requirements file says that it is installed.
-.venv/requirements-dev: requirements-dev.txt
+.venv/requirements-dev: requirements-dev.txt requirements-eval.txt
 .venv/requirements .venv/requirements-dev: .venv/%: .venv/bin/python requirements.txt constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement $*.txt
 	@touch $@

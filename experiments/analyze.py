@@ -43,7 +43,7 @@ BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
 )
 SEQ_LEN = flags.DEFINE_integer(
-  "seq_len", None, "Tokens of a row. Default: 512, or what the models are made for.", lower_bound=1
+  "seq_len", None, "Tokens of a row. Default: as trained here, else 512 or what the models are made for.", lower_bound=1
 )
 EOS = flags.DEFINE_boolean(
   "eos", None, "Documents end with an end-of-text token, which is scored. Default: if all models were trained with one."

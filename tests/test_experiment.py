@@ -13,6 +13,7 @@ from configs import repeat, tiny_moe_drelu, tiny_relufy
 from tsparse import experiment, files
 from tsparse import workdir as workdirs
 from tsparse.check import check
+from tsparse.convert.model import open_model
 from tsparse.errors import RunFailure, UserError
 from tsparse.train.loop import data_seed
 
@@ -70,6 +71,7 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
 
   # the same again does nothing but read; another experiment is kept out
   assert experiment.run(small(text), workdir, quiet()) == analysis
+  assert open_model(workdir).row == 32  # what analyze.py takes, too
   other = small(text)
   other.train.steps = 13
   before = (workdir / "config.json").read_text()

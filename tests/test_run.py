@@ -124,6 +124,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     done.append(script)
   assert done.count("run.py") > 7 and done.count("convert.py") == 3 and done.count("analyze.py") == 2
   assert done.count("plan.py") > 1 and done.count("generate.py") == 2 and done.count("data.py") > 2
+  assert done.count("evaluate.py") == 1
 
 
 def test_the_jobset_runs_a_command_whose_flags_exist_on_chips_that_fit_together(tmp_path):

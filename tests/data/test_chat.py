@@ -1,5 +1,6 @@
 """Conversations: ChatML token by token against transformers, masks, turns that cannot be forged, malformed lines."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tests.data.conftest import documents_of, settings
 from tsparse.data import accounts_at, check_data, data_settings, evaluation_batches, resolve, train_iterator
 from tsparse.data.chat import END, START, Chat, ChatEncoder
-from tsparse.data.encoding import Encoder, load_tokenizer, make_encoder
+from tsparse.data.encoding import load_tokenizer, make_encoder
 from tsparse.data.sources import read_documents
 from tsparse.errors import UserError
 
@@ -78,7 +79,7 @@ def encoded(vocabulary, chat, eos=False, size=10**6):
   """Tokens and mask of a chat, in pieces of `size` characters."""
   tokenizer = load_tokenizer(vocabulary)
   whole = make_encoder(tokenizer, eos, 1)
-  encoder = ChatEncoder(tokenizer, Encoder(whole.encode, whole.eos, whole.own_space, size))
+  encoder = ChatEncoder(tokenizer, dataclasses.replace(whole, size=size))
   conversation, place, pieces = encoder.open(json.dumps(chat)), 0, []
   while place < len(conversation):
     *piece, place = encoder.piece(conversation, place)

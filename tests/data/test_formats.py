@@ -1,5 +1,6 @@
 """Formats of files: the same documents from each, what is damaged, and properties over generated files."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import documents_of, settings
 from tsparse.data import check_data, formats, sources, train_iterator
-from tsparse.data.encoding import BYTES, Encoder, load_tokenizer, make_encoder
+from tsparse.data.encoding import BYTES, load_tokenizer, make_encoder
 from tsparse.data.sources import read_documents
 from tsparse.errors import UserError
 
@@ -214,7 +215,7 @@ def test_any_bytes_are_documents_or_one_sentence(content):
 @given(st.text(max_size=300), st.integers(2, 40))
 def test_pieces_of_a_document_are_its_tokens(text, size):
   encoder = make_encoder(BYTES, True, 1)
-  encoder = Encoder(encoder.encode, encoder.eos, encoder.own_space, size)
+  encoder = dataclasses.replace(encoder, size=size)
   got, place = [], 0
   while place < len(text) or not got:
     tokens, _, place = encoder.piece(text, place)
@@ -229,7 +230,7 @@ def test_pieces_of_real_text_are_the_tokens_of_the_whole(name, shared_data):
   text = json.loads((shared_data / "books/valid.jsonl").read_text().splitlines()[0])["text"]
   encoder = make_encoder(tokenizer, True, 1)
   assert encoder.own_space
-  encoder = Encoder(encoder.encode, encoder.eos, True, 2000)
+  encoder = dataclasses.replace(encoder, size=2000)
   got, place, pieces = [], 0, 0
   while place < len(text):
     tokens, _, place = encoder.piece(text, place)

@@ -33,6 +33,12 @@ def test_batches_are_packed_int32_and_deterministic(jsonl):
   assert not same(first, take(train(data, seed=2), 20))
 
 
+def test_documents_that_are_read_ahead_change_nothing(jsonl, monkeypatch):
+  together = take(train(settings(jsonl)), 40)
+  monkeypatch.setattr("tsparse.data.streams.AHEAD", 1)
+  assert same(together, take(train(settings(jsonl)), 40))
+
+
 def test_every_epoch_holds_every_training_document_once_in_another_order(jsonl):
   documents = held_out_splits(read_documents(jsonl))["train"]
   expected = [documents.read(i) for i in range(len(documents))]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.models.test_transformer import DEEPSEEK, GEMMA, MOE, TINY
+from tsparse.analysis.masks import TopK
+from tsparse.models.config import ffn_layers
 from tsparse.models.transformer import Transformer, init_parameters
-from tsparse.sparse.decode import empty_cache, hidden_states, logits_of
+from tsparse.sparse.decode import by_layer, empty_cache, hidden_states, logits_of
 from tsparse.sparse.kernels import build
 from tsparse.sparse.layout import arrange, leaves_of
 
@@ -86,6 +88,21 @@ def test_prefill_and_decoding_give_the_logits_of_the_whole_row(kernels, name):
   got = decoded(config, kernels, "off", tokens, (PROMPT, 3))
   assert float(jnp.std(want)) > 0.3
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_masks_of_each_kind_of_ffn_are_those_of_the_whole_model():
+  config = CONFIGS["deepseek"]
+  params, arranged = model_of(config)
+  levels = zip(ffn_layers(config).items(), (0.85, 0.9, 0.95), strict=True)
+  masks = {kind: TopK(jnp.full((layers,), level, jnp.float32)) for (kind, layers), level in levels}
+  tokens = np.array(jax.random.randint(jax.random.key(2), (2, LENGTH), 0, config.vocab_size))
+  segments, at = np.ones_like(tokens), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+  want = jax.jit(Transformer(config).apply)({"params": params}, tokens, segments, at, masks)[0]
+  forward = functools.partial(hidden_states, config, CASES[-1][0], ("off",) * config.num_layers, arranged)
+  inputs = empty_cache(config, 2, LENGTH), tokens, at, np.ones_like(tokens, bool)
+  got, plain = (jax.jit(forward)(*inputs, by_layer(config, by))[0] for by in (masks, {}))
+  np.testing.assert_allclose(logits_of(config, "reference", arranged, got), want, atol=1e-5)
+  assert np.abs(got - plain).max() > 0.1
 
 
 @pytest.mark.skipif(not NATIVE, reason="no C++ compiler")

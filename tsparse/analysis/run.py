@@ -33,7 +33,7 @@ from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
 from tsparse.train.log import final_loss
 
-SEQ_LEN, BATCH_SIZE = 512, 16  # tokens and rows of a forward pass, where nothing else is asked
+BATCH_SIZE = 16  # rows of a forward pass, where nothing else is asked
 CALIBRATION_TOKENS = 8192  # that thresholds are found on
 
 
@@ -138,7 +138,7 @@ def run(
     parts: of what is beyond zeros and masks, keys of observe.PARTS.
     export: how the counts of every neuron are written, one of neurons.FORMS; "" for not at all.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
-    seq_len: tokens of a row; None for 512, or the least that a model is made for.
+    seq_len: tokens of a row; None for the least of the models' own (`Model.row`).
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
@@ -160,7 +160,7 @@ def run(
   if "experts" in parts and not any(model.config.num_experts for model in stored):
     raise UserError("--parts=experts masks one expert after the other, and no --model has experts: leave it out.")
   limit = min(model.config.max_seq_len for model in stored)
-  seq_len = seq_len or min(SEQ_LEN, limit)
+  seq_len = seq_len or min(model.row for model in stored)
   if seq_len > limit:
     raise UserError(f"--seq_len={seq_len} is more than the {limit} tokens that the models are made for: lower it.")
   devices = jax.device_count()

@@ -16,6 +16,8 @@ from tsparse.models.config import ModelConfig
 from tsparse.sharding import path_name
 from tsparse.train import checkpoint
 
+ROW = 512  # tokens that a model is evaluated on where nothing says how it was trained
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -27,6 +29,7 @@ class Model:
     vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
     eos: whether it was trained on documents that end with the vocabulary's end-of-text token, as far as is known.
     step: of the checkpoint; 0 for Hugging Face.
+    row: tokens of a row to evaluate it on: as it was trained here, else 512, or its context where that is shorter.
     restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
     leaves: () -> (path of each parameter -> Leaf, which reads it slice by slice, the same tokens).
   """
@@ -36,6 +39,7 @@ class Model:
   vocabulary: str
   eos: bool
   step: int
+  row: int
   restore: Callable[[Any], tuple[Any, int]]
   leaves: Callable[[], tuple[dict[str, Leaf], int]]
 
@@ -55,6 +59,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
       directory.vocabulary,
       directory.eos,
       step=0,
+      row=min(ROW, directory.config.max_seq_len),
       restore=lambda target: (place_leaves(directory.leaves(), target), 0),
       leaves=lambda: (directory.leaves(), 0),
     )
@@ -72,6 +77,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
     vocabulary,
     eos,
     step,
+    fields.get("train", {}).get("seq_len") or min(ROW, config.max_seq_len),
     restore=lambda target: checkpoint.restore_parameters(path, step, target),
     leaves=lambda: stored.read(path, step, config),
   )

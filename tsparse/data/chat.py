@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,6 +167,10 @@ class ChatEncoder:
     start, end = ("", "") if self._ids else (START, END)
     turns = [Turn(f"{start}{role}\n", content + end, role == "assistant") for role, content in json.loads(text)]
     return Conversation(turns)
+
+  def first_pieces(self, conversations: Sequence[Conversation]) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """`piece(conversation, 0)` of each."""
+    return [self.piece(conversation, 0) for conversation in conversations]
 
   def piece(self, conversation: Conversation, start: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Tokens and loss mask, int32 [n], of the piece from `start`, and where the next begins; see `Encoder.piece`.

@@ -14,10 +14,16 @@ from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
 PIECE, PIECE_PER_TOKEN = 8192, 16
 SPACE = re.compile(r"(?<=\w) (?=\w)")
 
+
+def _bytes(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
+
+
 BYTES = Tokenizer(
   path="bytes",
   digest="bytes",
-  encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3,
+  encode=_bytes,
+  encode_all=lambda texts: list(map(_bytes, texts)),
   decode=lambda ids: bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="ignore"),
   table={"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)},
   bos=0,
@@ -64,12 +70,14 @@ class Encoder:
 
   Attributes:
     encode: text -> ids, without BOS and EOS.
+    encode_all: the same of several texts.
     eos: the id that ends a document, or None where it has none.
     own_space: whether `encode` puts a space before its text, so that the one at a cut must be left out.
     size: characters of a piece.
   """
 
   encode: Callable[[str], Sequence[int]]
+  encode_all: Callable[[Sequence[str]], Sequence[Sequence[int]]]
   eos: int | None
   own_space: bool
   size: int
@@ -78,6 +86,13 @@ class Encoder:
     """What `piece` takes, of a document as it is read: the text itself."""
     return text
 
+  def first_pieces(self, texts: Sequence[str]) -> list[tuple[np.ndarray, None, int]]:
+    """`piece(text, 0)` of each of `texts`, those that are one piece encoded in one call."""
+    whole = iter(self.encode_all([text for text in texts if len(text) <= self.size]))
+    return [
+      (self._ended(next(whole)), None, len(text)) if len(text) <= self.size else self.piece(text, 0) for text in texts
+    ]
+
   def piece(self, text: str, start: int) -> tuple[np.ndarray, None, int]:
     """The tokens, int32 [n], of the piece of `text` from `start`, and where the next begins; EOS is after the last.
 
@@ -85,16 +100,22 @@ class Encoder:
     """
     end = start + self.size
     if end >= len(text):
-      ids = self.encode(text[start:] if start else text)
-      tail = [] if self.eos is None else [self.eos]
-      return np.concatenate([np.asarray(ids, np.int32), np.asarray(tail, np.int32)]), None, len(text)
+      return self._ended(self.encode(text[start:] if start else text)), None, len(text)
     cut = next((m.start() for m in SPACE.finditer(text, start + self.size // 2, end)), None)
     ids = np.asarray(self.encode(text[start : end if cut is None else cut]), np.int32)
     return ids, None, end if cut is None else cut + self.own_space
+
+  def _ended(self, ids: Sequence[int]) -> np.ndarray:
+    tokens = np.empty(len(ids) + (self.eos is not None), np.int32)
+    tokens[: len(ids)] = ids
+    if self.eos is not None:
+      tokens[-1] = self.eos
+    return tokens
 
 
 def make_encoder(tokenizer: Tokenizer, eos: bool, seq_len: int) -> Encoder:
   """The encoder of `config.data.vocabulary` and `config.data.eos`, for rows of `seq_len` tokens."""
   whole, words = list(tokenizer.encode("a b")), [list(tokenizer.encode(word)) for word in ("a", "b", " b")]
   own_space = whole == words[0] + words[1] and whole != words[0] + words[2]
-  return Encoder(tokenizer.encode, tokenizer.eos if eos else None, own_space, max(PIECE, PIECE_PER_TOKEN * seq_len))
+  size = max(PIECE, PIECE_PER_TOKEN * seq_len)
+  return Encoder(tokenizer.encode, tokenizer.encode_all, tokenizer.eos if eos else None, own_space, size)

@@ -148,7 +148,7 @@ class TrainIterator:
 
   def tally(self) -> bytes:
     """What was drawn so far by the lanes that are read here, for `accounting.account_metrics`."""
-    lanes = {n: {"drawn": lane.mixer.drawn.tolist(), "taken": _taken(lane)} for n, lane in self._lanes.items()}
+    lanes = {n: {"drawn": list(lane.mixer.drawn), "taken": _taken(lane)} for n, lane in self._lanes.items()}
     facts = {"sources": self._sources, "lanes": lanes, "filled": self._filled, "places": self._places}
     return json.dumps(facts).encode()
 

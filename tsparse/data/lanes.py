@@ -30,36 +30,36 @@ class Mixer:
   def __init__(self, streams: Sequence[Stream], weights: Sequence[float], lengths: Sequence[float], key: Sequence[int]):
     """`lengths` are the mean tokens of the documents, roughly; `key` is the seed of the start."""
     self.streams = streams
-    self._weights = np.asarray(weights, np.float64)
-    self._start = -np.random.default_rng(key).random(len(streams)) * np.asarray(lengths, np.float64)
-    self.drawn = np.zeros(len(streams), np.int64)  # tokens
-    self._open = self._weights > 0  # whether a stream may have more
+    self._weights = list(weights)
+    self._start = (-np.random.default_rng(key).random(len(streams)) * np.asarray(lengths, np.float64)).tolist()
+    self.drawn = [0] * len(streams)  # tokens
+    self._open = [number for number, weight in enumerate(weights) if weight > 0]  # streams that may have more
 
   def __iter__(self) -> Iterator[tuple[int, Piece]]:
     return self
 
   def __next__(self) -> tuple[int, Piece]:
-    while self._open.any():
+    while self._open:
       chosen = self._furthest_below()
       piece = self.streams[chosen].next_piece()
       if piece is None:
-        self._open[chosen] = False
+        self._open.remove(chosen)
         continue
       self.drawn[chosen] += len(piece.tokens)
       return chosen, piece
     raise StopIteration
 
   def _furthest_below(self) -> int:
-    below = self._start + self._weights * (self.drawn.sum() + 1) - self.drawn
-    return int(np.argmax(np.where(self._open, below, -np.inf)))
+    after = sum(self.drawn) + 1
+    return max(self._open, key=lambda i: self._start[i] + self._weights[i] * after - self.drawn[i])
 
   def state(self) -> dict[str, Any]:
     """The position, as JSON. Only endless streams have one."""
-    return {"drawn": self.drawn.tolist(), "streams": [stream.state() for stream in self.streams]}
+    return {"drawn": list(self.drawn), "streams": [stream.state() for stream in self.streams]}
 
   def restore(self, state: dict[str, Any]):
     """Continues from `state`."""
-    self.drawn[:] = state["drawn"]
+    self.drawn = list(state["drawn"])
     for stream, position in zip(self.streams, state["streams"], strict=True):
       stream.restore(position)
 

@@ -79,8 +79,9 @@ class Packer:
       piece = next(self._pieces, None)
       if piece is None:
         return False
-      context = self._bos if piece.context is None else piece.context
-      self._pending = np.concatenate([[context], piece.tokens]).astype(np.int32)
+      self._pending = np.empty(1 + len(piece.tokens), np.int32)
+      self._pending[0] = self._bos if piece.context is None else piece.context
+      self._pending[1:] = piece.tokens
       self._mask = np.ones(len(piece.tokens), np.int32) if piece.mask is None else np.asarray(piece.mask, np.int32)
     return True
 

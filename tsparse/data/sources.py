@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,25 +74,34 @@ class Documents:
     return len(self.file)
 
   def read(self, index: int) -> bytes:
-    """The text of document `index` in UTF-8.
+    """The text of document `index` in UTF-8; see `read_all`."""
+    return self.read_all([index])[0]
+
+  def read_all(self, indices: Sequence[int]) -> list[bytes]:
+    """The texts of the documents `indices` in UTF-8; each of their files is opened once.
 
     Raises:
-      UserError: its file is gone or was changed since it was indexed.
+      UserError: a file is gone or was changed since it was indexed.
     """
-    file = self.files[self.file[index]]
-    try:
-      with open(file.path, "rb") as f:
-        state = _state(os.fstat(f.fileno()))
-        if state != file.state:
-          raise UserError(
-            f"{file.path} changed while it was being read: it had {file.state[0]} bytes and has {state[0]}, or was "
-            "written again; start again, and leave the data alone meanwhile."
-          )
-        f.seek(self.offset[index])
-        data = f.read(self.length[index])
-    except OSError as e:
-      raise UserError(f"Cannot read {file.path} any more: {e.strerror}; put it back and start again.") from e
-    return formats.document_of(data, file.field) if file.field else data
+    texts = [b""] * len(indices)
+    numbers = self.file[indices]
+    for number in dict.fromkeys(numbers.tolist()):
+      file = self.files[number]
+      try:
+        with open(file.path, "rb") as f:
+          state = _state(os.fstat(f.fileno()))
+          if state != file.state:
+            raise UserError(
+              f"{file.path} changed while it was being read: it had {file.state[0]} bytes and has {state[0]}, or was "
+              "written again; start again, and leave the data alone meanwhile."
+            )
+          for place in np.flatnonzero(numbers == number).tolist():
+            f.seek(self.offset[indices[place]])
+            data = f.read(self.length[indices[place]])
+            texts[place] = formats.document_of(data, file.field) if file.field else data
+      except OSError as e:
+        raise UserError(f"Cannot read {file.path} any more: {e.strerror}; put it back and start again.") from e
+    return texts
 
   def where(self, chosen: np.ndarray) -> "Documents":
     """The documents where `chosen`, bool [n], is true."""

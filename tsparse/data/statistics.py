@@ -140,7 +140,7 @@ def _texts(source: Source, split: str, data: DataSettings, wanted: int) -> Itera
   encoder = ChatEncoder(tokenizer, encoder) if source.chat else encoder
   chosen = range(wanted)
   if wanted < len(documents):
-    chosen = sorted(shuffled(i, len(documents), round_keys(0)) for i in range(wanted))
+    chosen = np.sort(shuffled(np.arange(wanted), len(documents), round_keys(0))).tolist()
   for number in chosen:
     text = documents.read(number).decode()
     opened, place, tokens = encoder.open(text), 0, 0

@@ -5,6 +5,7 @@ each in an order of its own. So the lanes are disjoint and together complete, ho
 """
 
 import base64
+import collections
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from tsparse.errors import UserError
 
 # Cached documents for each lane, below which every lane reads all of them: there may be lanes without a file otherwise.
 WHOLE = 64
+# Documents of a file that are read and encoded together, or as many as hold so many bytes: every call of a tokenizer
+# costs some, and in short ones threads wait for Python's lock.
+AHEAD, AHEAD_BYTES = 64, 32_768
 
 
 class Stream(Protocol):
@@ -42,7 +46,8 @@ class Stream(Protocol):
 class FileStream:
   """Documents of files. The position is three numbers: documents taken, characters of the last one, its last token.
 
-  A document is held whole as text while it is drawn, and encoded piece by piece.
+  A document is held whole as text while it is drawn, and encoded piece by piece. The next ones are read and encoded
+  ahead, which is not part of the position: nothing depends on how many.
   """
 
   def __init__(
@@ -63,18 +68,21 @@ class FileStream:
     self._offset = 0  # in the document that was taken last; 0 where all of it was given
     self._last = 0  # token before the offset
     self._document: str | Conversation = ""  # that document
+    self._ahead: collections.deque = collections.deque()  # (document, its first piece) of the next ones
 
   def next_piece(self) -> Piece | None:
     """See `Stream`."""
     for _ in range(len(self._documents) + 1):
       begins = self._offset == 0
       if begins:
-        place = self._lane + self._lanes * self.taken
-        if self._end is not None and place >= self._end:
+        if not self._ahead:
+          self._read_ahead()
+        if not self._ahead:
           return None
-        self._document = self._read(place)
+        self._document, (tokens, mask, end) = self._ahead.popleft()
         self.taken += 1
-      tokens, mask, end = self._encoder.piece(self._document, self._offset)
+      else:
+        tokens, mask, end = self._encoder.piece(self._document, self._offset)
       ends = end >= len(self._document)
       self._offset = 0 if ends else end
       if len(tokens):
@@ -83,10 +91,25 @@ class FileStream:
     path = self._documents.files[0].path
     raise UserError(f"config.data.vocabulary gives no token for any document of {path}: set one made for such text.")
 
-  def _read(self, place: int) -> str | Conversation:
-    epoch, index = divmod(place, len(self._documents))
-    number = shuffled(index, len(self._documents), round_keys(*self._key, epoch))
-    return self._encoder.open(self._documents.read(number).decode())
+  def _read_ahead(self):
+    first = self._lane + self._lanes * self.taken
+    places = np.arange(first, first + self._lanes * AHEAD, self._lanes)
+    numbers = self._numbers(places if self._end is None else places[places < self._end])
+    enough = np.searchsorted(np.cumsum(self._documents.length[numbers]), AHEAD_BYTES)
+    documents = self._read(numbers[: enough + 1])
+    self._ahead.extend(zip(documents, self._encoder.first_pieces(documents), strict=True))
+
+  def _numbers(self, places: np.ndarray) -> np.ndarray:
+    """Which documents are at `places`, ascending [n], of the endless sequence; int64 [n]."""
+    epochs, indices = np.divmod(places, len(self._documents))
+    of_epoch = [
+      shuffled(indices[epochs == epoch], len(self._documents), round_keys(*self._key, epoch))
+      for epoch in dict.fromkeys(epochs.tolist())
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *of_epoch])
+
+  def _read(self, numbers: np.ndarray) -> list[str | Conversation]:
+    return [self._encoder.open(text.decode()) for text in self._documents.read_all(numbers)]
 
   def state(self) -> list[int]:
     """[documents taken, characters given of the last of them, last token given]."""
@@ -95,8 +118,9 @@ class FileStream:
   def restore(self, state: list[int]):
     """See `Stream`."""
     self.taken, self._offset, self._last = state
+    self._ahead.clear()
     if self._offset:
-      self._document = self._read(self._lane + self._lanes * (self.taken - 1))
+      (self._document,) = self._read(self._numbers(np.array([self._lane + self._lanes * (self.taken - 1)])))
 
 
 class TaskStream:

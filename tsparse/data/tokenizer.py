@@ -40,21 +40,26 @@ class Tokenizer:
     path: of its file.
     digest: of its content.
     encode: text -> ids, without BOS and EOS.
+    encode_all: the same of several texts in one call, in which Python's lock is free: other threads run.
     decode: ids -> text; BOS and EOS are left out, other special tokens are written as they are spelled.
     table: token -> id, added tokens included.
     bos: the id a document begins with: EOS where the tokenizer has no BOS, as such models are trained.
     eos: the id a document ends with.
     unk: the id of what cannot be encoded, or None.
+    adds_bos: whether transformers and lm-eval put BOS in front of a text: where the post-processor of a tokenizer.json
+      does, and for a SentencePiece model that has one. Documents begin with `bos` in any case.
   """
 
   path: str
   digest: str
   encode: Callable[[str], list[int]]
+  encode_all: Callable[[Sequence[str]], list[list[int]]]
   decode: Callable[[Sequence[int]], str]
   table: Mapping[str, int]
   bos: int
   eos: int
   unk: int | None
+  adds_bos: bool = True
 
   @functools.cached_property
   def size(self) -> int:
@@ -232,6 +237,9 @@ def _hugging_face(source: Source) -> Tokenizer:
   def encode(text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
+  def encode_all(texts):
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
   framed = tokenizer.encode("a")
   first, last = framed.special_tokens_mask[:1] == [1], framed.special_tokens_mask[1:][-1:] == [1]
   own = {"bos": framed.ids[0] if first else None, "eos": framed.ids[-1] if last else None}
@@ -242,7 +250,9 @@ def _hugging_face(source: Source) -> Tokenizer:
   def decode(ids):
     return tokenizer.decode([i for i in ids if i not in (bos, eos)], skip_special_tokens=False)
 
-  return Tokenizer(source.path, source.digest, encode, decode, table, bos, eos, table.get(unk))
+  return Tokenizer(
+    source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk), adds_bos=first
+  )
 
 
 def _sentencepiece(source: Source) -> Tokenizer:
@@ -280,6 +290,11 @@ def _sentencepiece(source: Source) -> Tokenizer:
       end = match.end()
     return ids + model.encode(text[end:])
 
+  def encode_all(texts):
+    ordinary = [cut.search(text) is None for text in texts]
+    together = iter(model.encode(list(itertools.compress(texts, ordinary)), num_threads=1))
+    return [next(together) if plain else encode(text) for text, plain in zip(texts, ordinary, strict=True)]
+
   def decode(ids):
     parts = []
     for alone, group in itertools.groupby(ids, key=lambda i: i in spelling or i >= size):
@@ -287,7 +302,8 @@ def _sentencepiece(source: Source) -> Tokenizer:
       parts.append("".join(spelling.get(i, "") for i in run) if alone else model.decode(run))
     return "".join(parts)
 
-  return Tokenizer(source.path, source.digest, encode, decode, table, bos, eos, model.unk_id())
+  unk, begins = model.unk_id(), own["bos"] is not None
+  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, unk, adds_bos=begins)
 
 
 def _pattern(content: str, single_word=False, lstrip=False, rstrip=False, **_unused) -> str:

@@ -5,7 +5,7 @@ of a token in the cache is its position, so a row sees exactly what its own prom
 end of a shorter prompt wrote lies at later positions, and is overwritten before it is seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from tsparse.activations import activation
 from tsparse.models import layers, rope, router
 from tsparse.models.config import ModelConfig
-from tsparse.sparse.kernels import table
+from tsparse.models.ffn import Intervention
+from tsparse.models.transformer import split_interventions
+from tsparse.sparse.kernels import reference, table
 from tsparse.sparse.kernels.reference import Neurons, Predictor
 from tsparse.sparse.kernels.table import KERNELS
 
@@ -38,6 +40,7 @@ def hidden_states(
   tokens: Array,
   positions: Array,
   valid: Array,
+  interventions: Sequence[Any] = (),
 ) -> tuple[Array, Cache, Array]:
   """What the head reads, the cache with the tokens' keys and values, and how much of each layer's hidden was not zero.
 
@@ -52,6 +55,8 @@ def hidden_states(
     tokens: [B, T] int32.
     positions: [B, T] int32, consecutive in each row, below the length of the cache.
     valid: [B, T] bool, false on padding, which comes last in its row and whose result has no meaning.
+    interventions: of each layer, as `by_layer` makes them; none leaves the hidden alone. They are computed by the
+      kernels of reference.py.
 
   Returns:
     [B, T, D] in the dtype of compute, the cache, and [L] float32: entries of the FFN hidden that are not zero, over the
@@ -62,12 +67,13 @@ def hidden_states(
     x *= jnp.asarray(config.d_model**0.5, x.dtype)
   cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
   after, fired = [], []
-  for window, layer, kept, mode in zip(config.windows, params["layers"], cache, modes, strict=True):
+  each = interventions or [{}] * config.num_layers
+  for window, layer, kept, mode, masks in zip(config.windows, params["layers"], cache, modes, each, strict=True):
     normed = _norm(config, layer["attention_norm"], x)
     out, kept = _attention(config, KERNELS[kernels], layer, normed, cos, sin, kept, positions, window)
     x += _norm(config, layer["attention_post_norm"], out) if config.post_norms else out
     normed = _norm(config, layer["ffn_norm"], x)
-    out, count = _feed_forward(config, KERNELS[kernels], mode, layer, normed, x, valid)
+    out, count = _feed_forward(config, KERNELS[kernels], mode, layer, normed, x, valid, masks)
     x += _norm(config, layer["ffn_post_norm"], out) if config.post_norms else out
     after.append(kept)
     fired.append(count)
@@ -78,6 +84,18 @@ def hidden_entries(config: ModelConfig) -> list[int]:
   """Entries of the FFN hidden of one token in each layer: over the experts it is routed to, and the shared ones."""
   routed = max(1, config.experts_per_token) * config.d_ff + config.num_shared_experts * config.shared_d_ff
   return [config.dense_d_ff] * config.dense_layers + [routed] * (config.num_layers - config.dense_layers)
+
+
+def by_layer(config: ModelConfig, intervention: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+  """What the Transformer takes, by kind of FFN with a leading axis L, as a dict for each layer: "ffn" and "shared"."""
+  of_first, of_rest = split_interventions(config, intervention or {})
+  first = config.dense_layers
+  return [
+    jax.tree.map(lambda leaf, i=i: leaf[i], of_first)
+    if i < first
+    else jax.tree.map(lambda leaf, i=i: leaf[i - first], of_rest)
+    for i in range(config.num_layers)
+  ]
 
 
 def logits_of(config: ModelConfig, kernels: str, params: Any, hidden: Array) -> Array:
@@ -148,14 +166,20 @@ def _feed_forward(
   x: Array,
   residual: Array,
   valid: Array,
+  masks: Mapping[str, Intervention],
 ) -> tuple[Array, Array]:
   """x, residual (x before its norm) [B, T, D], valid [B, T] -> [B, T, D], and [] the entries that are not zero."""
   act, dim = activation(config.activation), x.shape[-1]
   flat = x.reshape(-1, dim).astype(jnp.float32)  # [B T, D]
 
-  def ffn(chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None) -> tuple[Array, Array]:
+  def ffn(
+    chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None, mask: Intervention | None
+  ) -> tuple[Array, Array]:
     args = (part.reshape(-1, part.shape[-1]) for part in (chosen, weights))
-    out, fired = table.feed_forward(kernels, mode, act, flat, *args, neurons, predictor)
+    if mask is None:
+      out, fired = table.feed_forward(kernels, mode, act, flat, *args, neurons, predictor)
+    else:
+      out, fired = reference.feed_forward(mode, act, flat, *args, neurons, predictor, mask)
     return out.reshape(x.shape).astype(x.dtype), fired.sum()
 
   alone = jnp.where(valid, 0, 1)[..., None], valid[..., None].astype(jnp.float32)
@@ -168,10 +192,16 @@ def _feed_forward(
   if "fc1" in layer:
     read = residual if config.predictor_input == "before_norm" else x
     predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32), layer.get("threshold"))
-  out, fired = ffn(*routed, layer["neurons"], predictor)
+  mask = masks.get("ffn") if "router" in layer else _no_expert(masks.get("ffn"))
+  out, fired = ffn(*routed, layer["neurons"], predictor, mask)
   if "shared" in layer:
-    shared, count = ffn(*alone, layer["shared"], None)
+    shared, count = ffn(*alone, layer["shared"], None, _no_expert(masks.get("shared")))
     if "shared_gate" in layer:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, layer["shared_gate"].astype(x.dtype)))[..., None]
     out, fired = out + shared, fired + count
   return out, fired
+
+
+def _no_expert(mask: Intervention | None) -> Intervention | None:
+  """The intervention of a dense FFN, which reference.feed_forward takes for the expert 0."""
+  return None if mask is None else lambda gate, up, hidden, _: mask(gate, up, hidden, None)

@@ -55,6 +55,7 @@ class Decoder:
     tokenizer: None where only ids are wanted.
     path: the folder of the model, which may say what ends a text.
     predictors: those that were merged into it from a folder of their own.
+    interventions: of each layer, `decode.by_layer`, which are computed by the kernels of reference.py; () for none.
   """
 
   config: ModelConfig
@@ -64,6 +65,7 @@ class Decoder:
   tokenizer: Tokenizer | None = None
   path: Path = Path()
   predictors: stored.Predictors | None = None
+  interventions: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +188,18 @@ def load(path: Path, sparse: str = "auto", dtype: str = "", predictors: Path | N
   model = open_model(path)
   trained = find_predictors(model, sparse, predictors)
   model = model if trained is None else stored.merge(model, trained)
+  return decoder_of(model, sparse, dtype, trained)
+
+
+def decoder_of(model: Model, sparse: str, dtype: str = "", predictors: stored.Predictors | None = None) -> Decoder:
+  """`load` of a model that is open and has the `predictors` merged into it."""
   mode = sparse_mode(model.config, sparse)
   config = dataclasses.replace(model.config, dtype="float32")
   tokenizer = load_tokenizer(model.vocabulary)
   kernels = best_kernels(config.d_model)
   place = reference.place if mode == "off" else KERNELS[kernels].place
   params = arrange(config, model.leaves()[0], dtype, place)
-  return Decoder(config, params, mode, kernels, tokenizer, path, trained)
+  return Decoder(config, params, mode, kernels, tokenizer, model.path, predictors)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -205,6 +212,7 @@ def forward(
   tokens: Array,
   start: Array,
   length: Array,
+  interventions: Sequence[Any] = (),
 ) -> tuple[Array, Any, Array]:
   """Logits [B, V] after the last of `tokens` [B, T] of each row that lies below its `length`, cache and entries fired.
 
@@ -213,7 +221,8 @@ def forward(
   width = tokens.shape[1]
   positions = start[:, None] + jnp.arange(width, dtype=jnp.int32)
   valid = positions < length[:, None]
-  hidden, cache, fired = hidden_states(config, kernels, modes, params, cache, tokens, positions, valid)
+  args = params, cache, tokens, positions, valid, interventions
+  hidden, cache, fired = hidden_states(config, kernels, modes, *args)
   last = jnp.clip(length - 1 - start, 0, width - 1)
   return logits_of(config, kernels, params, hidden[jnp.arange(len(last)), last]), cache, fired
 
@@ -242,7 +251,7 @@ def stream(
     sampling: how each is drawn.
     tell: called with the mode of each layer before the first token.
   """
-  config, kernels, params = decoder.config, decoder.kernels, decoder.params
+  config, kernels, params, masks = decoder.config, decoder.kernels, decoder.params, decoder.interventions
   auto = decoder.mode == "auto"
   modes = ("off" if auto else decoder.mode,) * config.num_layers
   length = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -256,7 +265,7 @@ def stream(
   logits, fired = None, 0.0
   for start, width in zip(starts, widths, strict=True):
     tokens, first = padded[:, start : start + width], np.full_like(length, start)
-    piece, cache, count = forward(config, kernels, modes, params, cache, tokens, first, length)
+    piece, cache, count = forward(config, kernels, modes, params, cache, tokens, first, length, masks)
     logits, fired = piece if logits is None else jnp.where(length[:, None] > start, piece, logits), fired + count
   if auto:
     zeros = 1 - np.asarray(fired) / (length.sum() * np.array(hidden_entries(config)))
@@ -267,7 +276,7 @@ def stream(
     yield np.asarray(tokens)
     if step + 1 < new_tokens:
       at = length + step
-      logits, cache, _ = forward(config, kernels, modes, params, cache, tokens[:, None], at, at + 1)
+      logits, cache, _ = forward(config, kernels, modes, params, cache, tokens[:, None], at, at + 1, masks)
 
 
 def complete(

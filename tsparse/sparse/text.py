@@ -22,7 +22,7 @@ def load_tokenizer(name: str) -> Tokenizer:
   def encode(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
-  return Tokenizer("bytes", "bytes", encode, decode, table={}, bos=0, eos=1, unk=2)
+  return Tokenizer("bytes", "bytes", encode, lambda texts: list(map(encode, texts)), decode, {}, bos=0, eos=1, unk=2)
 
 
 def chatml(prompt: str, system: str = "") -> str:

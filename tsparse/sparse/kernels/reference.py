@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tsparse.activations import Activation
-from tsparse.models.ffn import gated_hidden
+from tsparse.models.ffn import Intervention, gated_hidden
 from tsparse.models.layers import softcap
 from tsparse.models.predictor import predict
 
@@ -60,6 +60,7 @@ def feed_forward(
   weights: Array,
   neurons: Neurons,
   predictor: Predictor | None = None,
+  intervene: Intervention | None = None,
 ) -> tuple[Array, Array]:
   """sum over the chosen experts e of weight_e down_e(act(gate_e x, up_e x)), the hidden masked by a predictor if given.
 
@@ -71,6 +72,7 @@ def feed_forward(
     weights: [n, k] float32.
     neurons: the experts.
     predictor: optional.
+    intervene: optional change of the hidden; kernels that skip know none.
 
   Returns:
     [n, D] float32, and [n] float32: entries of the hidden that are not zero, over the chosen experts.
@@ -88,7 +90,7 @@ def feed_forward(
         *fc1_fc2, threshold = fc
         fc1, fc2 = (w.astype(jnp.float32) for w in fc1_fc2)
         predicted = predict(predictor.x[None], fc1.T, fc2.T, threshold)[0]  # [n, F]
-      hidden = gated_hidden(linear(x, gate), linear(x, up), activation, predicted, None)
+      hidden = gated_hidden(linear(x, gate), linear(x, up), activation, predicted, intervene, index)
       out += weight[:, None] * jnp.einsum("nf,fd->nd", hidden, down.astype(jnp.float32), precision="highest")
       return out, fired + here * jnp.sum(hidden != 0, axis=1, dtype=jnp.float32)
 

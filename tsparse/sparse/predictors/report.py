@@ -85,7 +85,8 @@ def show(found: dict[str, Any], console) -> None:
     for row in rows:
       grid.add_row(*map(Text, row))
     console.print(Text(title, style="bold"))
-    console.print(grid)
+    grid.width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
+    console.print(grid, crop=False)  # a narrow terminal wraps its lines: no number is cut off
     console.print()
 
 

@@ -83,7 +83,7 @@ def run(
     recall: that thresholds are chosen for.
     steps: batches that are trained on.
     learning_rate: of training, its peak; None for 0.08 / sqrt(D), 0.01 at D = 64 and 0.00125 at D = 4096.
-    seq_len: tokens of a row; None for 512, or the least that the model is made for.
+    seq_len: tokens of a row; None for the model's own (`Model.row`).
     batch_size: rows of a batch.
     tokens: as many whole documents as hold so many tokens are measured on.
     seed: of the order of the text and of the initial weights.
@@ -104,7 +104,7 @@ def run(
   files.check_new(out)
   model = open_model(path)
   config = _trainable(model)
-  seq_len = seq_len or min(512, config.max_seq_len)
+  seq_len = seq_len or model.row
   if seq_len > config.max_seq_len:
     raise UserError(f"--seq_len={seq_len} is more than the {config.max_seq_len} tokens of the model: lower it.")
   learning_rate = learning_rate or 0.08 / config.d_model**0.5

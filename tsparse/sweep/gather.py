@@ -146,7 +146,9 @@ def charts(runs: Sequence[Run], models: Sequence[dict]) -> Iterator[tuple[Chart,
 def frontier(models: Sequence[dict]) -> Chart | None:
   """Loss above the control by zeros, a point for each run; None where fewer than two have a control."""
   points = [Series(m["name"], [[m["zero_fraction"]["mean"], m["gap"][0]]]) for m in models if "gap" in m]
-  view = View("", ZEROS, Axis("loss above the control, nats per token"), points)
+  losses = [0.0, *(series.points[0][1] for series in points)]
+  limits = 1.1 * min(losses), 1.1 * max(losses)
+  view = View("", ZEROS, Axis("loss above the control, nats per token", limits=limits), points)
   return Chart("frontier", "What zeros cost", "points", [view], ()) if len(points) > 1 else None
 
 

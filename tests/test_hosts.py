@@ -33,8 +33,8 @@ from tsparse.data.sources import Documents
 
 text, port, host = sys.argv[1:]
 hosts.start(f"127.0.0.1:{port}", 2, int(host))
-read, original = [], Documents.read
-Documents.read = lambda self, index: read.append(int(index)) or original(self, index)
+read, original = [], Documents.read_all
+Documents.read_all = lambda self, indices: read.extend(map(int, indices)) or original(self, indices)
 mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 1, "expert": 1})
 every = sharding.local_rows(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 8, "expert": 1}), 16)
 rows = sharding.local_rows(mesh, 16)
@@ -99,7 +99,7 @@ def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path)
 
 def test_each_host_reads_only_the_lanes_of_its_own_rows(tmp_path):
   text = tmp_path / "text.jsonl"
-  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(400)))
+  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(800)))
   flag, port = "--xla_force_host_platform_device_count=4", free_port()
   (reader := tmp_path / "reader.py").write_text(READER)
   env = ENVIRONMENT | {"XLA_FLAGS": flag}

@@ -106,8 +106,13 @@ def numbers(answers):
   return [list(answer) if isinstance(answer, tuple) else answer for answer in answers]
 
 
-def assert_equal(out, setting, want):
-  """That questions have the same log-likelihoods and texts, and tasks the same scores and errors."""
+def assert_equal(out, setting, want, masked=False):
+  """That questions have the same log-likelihoods and texts, and tasks the same scores and errors.
+
+  Of two nearly equal entries of the hidden a mask keeps one, here another than there now and then: it moves the few
+  answers that saw it, by little.
+  """
+  away = []
   results = json.loads((out / f"results_{setting}.json").read_text())
   assert set(want) - {"samples"} <= set(results) and set(want["results"]) == set(results["results"])
   assert "±" in make_table(results)  # lm-eval reads it as its own
@@ -117,7 +122,14 @@ def assert_equal(out, setting, want):
       assert results["results"][task][metric] == near, metric
     for ours, theirs in zip(read_samples(out, setting, task), want["samples"][task], strict=True):
       for answer, other in zip(ours["filtered_resps"], numbers(theirs["filtered_resps"]), strict=True):
-        assert answer == other or answer == pytest.approx(other, abs=1e-3)
+        if isinstance(other, str):
+          assert answer == other
+        else:
+          (ours_is, *greedy), (theirs_is, *likeliest) = np.atleast_1d(answer), np.atleast_1d(other)
+          assert greedy == likeliest
+          away.append(abs(ours_is - theirs_is))
+  away = np.array(away)
+  assert (away < 1e-3).mean() > 0.9 and away.max() < 1e-2 if masked else (away < 1e-3).all()
 
 
 def test_a_real_model_answers_as_by_transformers_whole_and_masked(shared_data, tmp_path):
@@ -127,7 +139,7 @@ def test_a_real_model_answers_as_by_transformers_whole_and_masked(shared_data, t
   sparse = ["off", "topk:0.5"]
   made = run(tmp_path / "model", tasks, out, sparse=sparse, max_length=LENGTH, samples=True, console=console)
   for name, share in (("off", None), ("topk_0.5", 0.5)):
-    assert_equal(out, name, by_transformers(tmp_path / "model", tasks, share))
+    assert_equal(out, name, by_transformers(tmp_path / "model", tasks, share), masked=share is not None)
   assert json.loads((out / "evaluation.json").read_text()) == files.strict(made)
   off, masked = made["settings"]
   assert off["zero_fraction"] == 0 and masked["zero_fraction"] == pytest.approx(0.5)

@@ -58,9 +58,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.distill_temperature = 1.0  # T
   config.train.distill_top_k = 0  # of the teacher's tokens are told apart; 0 is all
   config.train.distill_teacher = ""  # a model of the same vocabulary; "" is what training starts from, as it was
-  config.train.match_until = (
-    0.0  # share of the steps that fit each FFN to the teacher's first (tsparse/recipes/match.py)
-  )
+  config.train.match_until = 0.0  # share of the steps that first fit each FFN to the teacher's (recipes/match.py)
   config.train.log_every = 10  # steps between lines of metrics.jsonl
   config.train.checkpoint_every = 200  # steps; the last step always is one
   config.train.keep_checkpoints = 2

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +89,28 @@ def spec(axes: Sequence[str]) -> P:
     used.update(free)
     entries.append(free if len(free) != 1 else free[0])
   return P(*(entry or None for entry in entries))
+
+
+def evaluation_mesh(widths: Iterable[int]) -> jax.sharding.Mesh:
+  """All devices, for forward passes of models of the widths D.
+
+  Parameters are split over all of them where every D allows it, else copied; rows are split either way.
+  """
+  axis = "data" if any(width % jax.device_count() for width in widths) else "fsdp"
+  return make_mesh(dict.fromkeys(MESH_AXES, 1) | {axis: -1})
+
+
+def evaluation_rows(batch_size: int | None, usual: int = 16) -> int:
+  """Rows of a forward pass on an `evaluation_mesh`: `batch_size`, or where it is None `usual`, or more to divide.
+
+  Raises:
+    UserError: `batch_size` does not divide over the devices.
+  """
+  devices = jax.device_count()
+  batch_size = batch_size or -(-usual // devices) * devices
+  if batch_size % devices:
+    raise UserError(f"--batch_size={batch_size} does not divide over {devices} devices: use a multiple of {devices}.")
+  return batch_size
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

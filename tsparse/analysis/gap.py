@@ -37,7 +37,7 @@ def frontier(models: list[dict]) -> Iterator[tuple[dict, str, list[list[float]]]
   if control is None:
     return
   for m in models:
-    if m["loss"] - control["loss"] < 1:  # beyond, it is no model any more, and would flatten the others
+    if _near(m, control):
       yield m, "as it is", [[m["zero_fraction"]["mean"], m["loss"] - control["loss"]]]
     thresholds = m.get("thresholds") or {}
     curves = {"top-k": m.get("curve") or []} | {key: thresholds.get(key) or [] for key in ("cats", "teal_down")}
@@ -48,4 +48,5 @@ def frontier(models: list[dict]) -> Iterator[tuple[dict, str, list[list[float]]]
 
 
 def _near(point: dict[str, Any], control: dict) -> bool:
+  """Farther off it is no model any more, and would flatten the others."""
   return point["loss"] is not None and point["loss"] - control["loss"] < 1

@@ -13,6 +13,7 @@ from flax import struct
 
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, ffn_layers
+from tsparse.models.ffn_params import ffn_of
 from tsparse.topk import kept, largest
 
 Array = jax.Array
@@ -84,12 +85,7 @@ def topk_everywhere(
 
 def down_norms(config: ModelConfig, params: Any) -> dict[str, Array]:
   """||down_i||_2 of each neuron, float32, by kind of FFN: [L, F], of routed experts [L, E, F]."""
-  ffn = params["layers"]["ffn"]
-  down = {"ffn": ffn["down"]}
-  if config.num_shared_experts:
-    down["shared"] = ffn["shared"]["down"]
-  if config.dense_layers:
-    down["first"] = params["first"]["ffn"]["down"]
+  down = {kind: ffn_of(params, kind)["down"] for kind in ffn_layers(config)}
   return {kind: jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for kind, x in down.items()}
 
 

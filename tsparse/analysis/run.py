@@ -33,7 +33,6 @@ from tsparse.progress import ProgressLine
 from tsparse.train import checkpoint, memory
 from tsparse.train.log import final_loss
 
-BATCH_SIZE = 16  # rows of a forward pass, where nothing else is asked
 CALIBRATION_TOKENS = 8192  # that thresholds are found on
 
 
@@ -163,13 +162,8 @@ def run(
   seq_len = seq_len or min(model.row for model in stored)
   if seq_len > limit:
     raise UserError(f"--seq_len={seq_len} is more than the {limit} tokens that the models are made for: lower it.")
-  devices = jax.device_count()
-  batch_size = batch_size or -(-BATCH_SIZE // devices) * devices
-  if batch_size % devices:
-    raise UserError(f"--batch_size={batch_size} does not divide over {devices} devices: use a multiple of {devices}.")
-  # Parameters are split over all devices where their length allows, else copied; rows are split either way.
-  axis = "data" if any(model.config.d_model % devices for model in stored) else "fsdp"
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
+  batch_size = sharding.evaluation_rows(batch_size)
+  mesh = sharding.evaluation_mesh(model.config.d_model for model in stored)
   for model in stored:
     check_fits(model, mesh)
   eos = all(model.eos for model in stored) if eos is None else eos

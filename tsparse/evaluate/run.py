@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from tsparse import files, sharding, workdir
 from tsparse.analysis.report import print_tables
-from tsparse.analysis.run import BATCH_SIZE, check_fits
+from tsparse.analysis.run import check_fits
 from tsparse.convert.model import Model, open_model
 from tsparse.data.encoding import load_tokenizer
 from tsparse.errors import UserError
@@ -83,12 +82,8 @@ def run(
   longest = opened.config.max_seq_len
   if max_length is not None and not 1 < max_length <= longest:
     raise UserError(f"--max_length={max_length}: the model is made for {longest} tokens, give 2 to {longest}.")
-  devices = jax.device_count()
-  batch_size = batch_size or -(-BATCH_SIZE // devices) * devices
-  if batch_size % devices:
-    raise UserError(f"--batch_size={batch_size} does not divide over {devices} devices: use a multiple of {devices}.")
-  axis = "data" if opened.config.d_model % devices else "fsdp"  # parameters are split where their length allows
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
+  batch_size = sharding.evaluation_rows(batch_size)
+  mesh = sharding.evaluation_mesh([opened.config.d_model])
   check_fits(opened, mesh)
 
   _load_lm_eval()

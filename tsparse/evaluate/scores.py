@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.models.counts import ModelCounts
-from tsparse.models.layers import softcap
-from tsparse.models.transformer import Transformer
+from tsparse.models.loss import block_logits, by_blocks, logit_of
+from tsparse.models.transformer import Transformer, head_of
 from tsparse.sharding import constrain, place, replicate
 
 Array = jax.Array
@@ -53,7 +53,7 @@ def score(
     model: the decoder.
     params: its parameters.
     batch: inputs, targets, segment_ids (1, and 0 on padding), positions, scored (1 where the target counts, of which
-      the last of a row is not one), each [B, T] int32, T a multiple of BLOCK.
+      the last of a row is not one), each [B, T] int32.
     intervention: see Transformer.
 
   Returns:
@@ -62,27 +62,18 @@ def score(
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
   hidden, counts = model.apply({"params": params}, *inputs, intervention, logits=False)  # [B, T, D]
-  head = params["embed"].T if model.config.tie_embeddings else params["head"]  # [D, V]
+  head, cap = head_of(model, params).T, model.config.final_softcap  # [V, D]
 
-  def log_probabilities(x: Array) -> Array:  # [B, t, D] -> [B, t, V]
-    logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(softcap(constrain(logits, "BTV"), model.config.final_softcap))
+  def of_block(head: Array, x: Array, targets: Array) -> tuple[Array, Array]:
+    logits = block_logits(head, x, cap)
+    return logit_of(logits, targets) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
-  def of_block(block: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, targets = block
-    log_p = log_probabilities(x)
-    return jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], jnp.argmax(log_p, axis=-1) == targets
-
-  def blocks(x: Array) -> Array:  # [B, T, ...] -> [T / BLOCK, B, BLOCK, ...]
-    return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-  found = jax.lax.map(of_block, (blocks(hidden), blocks(batch["targets"])))
-  log_p, likeliest = (x.swapaxes(0, 1).reshape(batch["targets"].shape) for x in found)  # [B, T]
+  log_p, likeliest = by_blocks(of_block, head, (hidden, "BTD"), (batch["targets"], "BT"), width=BLOCK)  # [B, T]
   counted = batch["scored"] > 0
   end = jnp.sum(batch["segment_ids"], axis=1) - 1  # [B]
   last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)  # [B, 1, D]
   sums = jnp.sum(log_p, axis=1, where=counted), jnp.all(likeliest | ~counted, axis=1)
-  return replicate((*sums, log_probabilities(last)[:, 0], counts))
+  return replicate((*sums, jax.nn.log_softmax(block_logits(head, last, cap))[:, 0], counts))
 
 
 def batched(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:

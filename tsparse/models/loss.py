@@ -54,19 +54,20 @@ def head_cross_entropy(hidden: Array, head: Array, targets: Array, cap: float = 
   return by_blocks(block, head.T, (hidden, "BTD"), (targets, "BT"))
 
 
-def by_blocks(block: Callable, heads: Any, *arrays: tuple[Array, str]) -> Any:
-  """block(heads, *parts) of one of BLOCKS blocks of T after the other, computed again in the backward pass.
+def by_blocks(block: Callable, heads: Any, *arrays: tuple[Array, str], width: int | None = None) -> Any:
+  """block(heads, *parts) of one block of T after the other, computed again in the backward pass.
 
   Args:
-    block: pure; returns a tree of arrays [B, T / BLOCKS, ...].
+    block: pure; returns a tree of arrays [B, width, ...].
     heads: a tree that all blocks read.
     arrays: [B, T, ...] each, with the letters of its axes.
+    width: of a block; None for T / BLOCKS.
 
   Returns:
     The tree of `block` with [B, T, ...].
   """
   time = arrays[0][0].shape[1]
-  width = -(-time // BLOCKS)
+  width = width or -(-time // BLOCKS)
 
   def blocks(x, axes):  # [B, T, ...] -> [blocks, B, T / blocks, ...], T padded
     x = jnp.pad(x, [(0, 0), (0, -time % width)] + [(0, 0)] * (x.ndim - 2))

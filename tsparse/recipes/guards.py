@@ -16,11 +16,11 @@ import optax
 
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
+from tsparse.models.ffn_params import ffn_of, with_ffn
 
 Array = jax.Array
-Idle = dict[
-  str, dict[str, Array]
-]  # by kind of FFN: neurons [L, E, F] and experts [L, E], int32 steps without a sign of life
+# By kind of FFN: neurons [L, E, F] and experts [L, E], int32 steps without a sign of life.
+Idle = dict[str, dict[str, Array]]
 
 
 def init(config: ModelConfig) -> Idle:
@@ -85,15 +85,10 @@ def revive(
 ) -> tuple[Any, Any, Idle]:
   """Parameters, optimizer state and counters with every dead neuron made anew."""
   masks = dead(idle, dead_after)
-  where = {"ffn": ("layers", ()), "shared": ("layers", ("shared",)), "first": ("first", ())}
   reset = jax.tree.map(lambda _: False, params)
   for number, (kind, mask) in enumerate(masks.items()):
-    stack, inside = where[kind]
-    ffn, marks = params[stack]["ffn"], {}
-    for name in inside:
-      ffn = ffn[name]
+    ffn, new, marks = ffn_of(params, kind), {}, {}
     mask = mask.reshape(ffn["gate"].shape[:-2] + mask.shape[-1:])  # [L, F] or [L, E, F]
-    new = {}
     for i, name in enumerate(("gate", "up")):
       noise = jax.random.normal(jax.random.fold_in(key, 2 * number + i), ffn[name].shape)
       norms = jnp.linalg.norm(ffn[name], axis=-2, keepdims=True)  # [..., 1, F]
@@ -102,16 +97,7 @@ def revive(
       new[name] = jnp.where(alive, ffn[name], length * noise / jnp.linalg.norm(noise, axis=-2, keepdims=True))
       marks[name] = ~alive
     new["down"], marks["down"] = jnp.where(mask[..., None], 0, ffn["down"]), mask[..., None]
-    params, reset = _put(params, stack, inside, new), _put(reset, stack, inside, marks)
+    params, reset = with_ffn(params, kind, new), with_ffn(reset, kind, marks)
   opt_state = optax.tree_utils.tree_map_params(tx, lambda m, r: jnp.where(r, 0, m), opt_state, reset)
   idle = {kind: of | {"neurons": jnp.where(masks[kind], 0, of["neurons"])} for kind, of in idle.items()}
   return params, opt_state, idle
-
-
-def _put(tree: Any, stack: str, inside: tuple[str, ...], new: dict[str, Any]) -> Any:
-  """`tree` with the leaves `new` of an FFN."""
-
-  def put(ffn, path):
-    return ffn | (new if not path else {path[0]: put(ffn[path[0]], path[1:])})
-
-  return tree | {stack: tree[stack] | {"ffn": put(tree[stack]["ffn"], inside)}}

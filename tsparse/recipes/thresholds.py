@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.models.config import ModelConfig
+from tsparse.models.ffn_params import ffn_of, with_ffn
 
 
 def without(tree: Any) -> Any:
@@ -27,12 +28,8 @@ def without(tree: Any) -> Any:
 
 def put(params: Any, theta: Mapping[str, Any]) -> Any:
   """Parameters with the thresholds of the layers of each kind of FFN, [L] each."""
-  where = {"ffn": ("layers", False), "shared": ("layers", True), "first": ("first", False)}
   for kind, values in theta.items():
-    stack, shared = where[kind]
-    ffn, new = params[stack]["ffn"], {"threshold": values}
-    ffn = ffn | ({"shared": ffn["shared"] | new} if shared else new)
-    params = params | {stack: params[stack] | {"ffn": ffn}}
+    params = with_ffn(params, kind, {"threshold": values})
   return params
 
 
@@ -52,10 +49,8 @@ def restored_with(
     if source.hidden_thresholds or without(target) == target:
       return restore(target)
     params, tokens = restore(without(target))
-    like = {"ffn": lambda t: t["layers"]["ffn"]["threshold"], "first": lambda t: t["first"]["ffn"]["threshold"],
-            "shared": lambda t: t["layers"]["ffn"]["shared"]["threshold"]}  # fmt: skip
     full = {
-      kind: jax.device_put(jnp.full((length,), value, jnp.float32), like[kind](target).sharding)
+      kind: jax.device_put(jnp.full((length,), value, jnp.float32), ffn_of(target, kind)["threshold"].sharding)
       for kind, length in kinds.items()
     }
     return put(params, full), tokens

@@ -73,9 +73,9 @@ class Extra:
   weights: jax.Array | None
   own: Any
 
-  def read(self, model: Transformer, params: Any, hidden: jax.Array) -> Read:
-    """What makes a model's logits."""
-    return Read(hidden, head_of(model, params), model.config.final_softcap)
+
+def _read(model: Transformer, params: Any, hidden: jax.Array) -> Read:
+  return Read(hidden, head_of(model, params), model.config.final_softcap)
 
 
 ROUTER_LOSSES = ("router_z_loss", "router_balance_loss")  # their definitions: tsparse/models/router.py
@@ -121,7 +121,7 @@ def summed_loss(
     added = {}
     if distill:
       hidden, counts, router = final_hidden(model, params, batch, **asked)
-      reads = extra.read(model, params, hidden), extra.read(extra.teacher.model, theirs, teacher_hidden)
+      reads = _read(model, params, hidden), _read(extra.teacher.model, theirs, teacher_hidden)
       recipe = extra.recipe
       nll, log_z, kl = distilled_cross_entropy(*reads, batch["targets"], recipe.temperature, recipe.top_k)
       added["distillation"] = distill * recipe.temperature**2 * jnp.sum(kl, where=counted)

@@ -108,10 +108,8 @@ def run(
   if seq_len > config.max_seq_len:
     raise UserError(f"--seq_len={seq_len} is more than the {config.max_seq_len} tokens of the model: lower it.")
   learning_rate = learning_rate or 0.08 / config.d_model**0.5
-  axis = "data" if config.d_model % jax.device_count() else "fsdp"  # parameters are split where their length allows
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | {axis: -1})
-  if batch_size % mesh.size:
-    raise UserError(f"--batch_size={batch_size} does not divide over {mesh.size} devices: use a multiple of it.")
+  batch_size = sharding.evaluation_rows(batch_size)
+  mesh = sharding.evaluation_mesh([config.d_model])
   check_fits(model, mesh)
   settings = DataSettings(
     train=data, validation=validation, vocabulary=model.vocabulary, eos=model.eos, root=root, text_field=text_field,

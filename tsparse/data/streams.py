@@ -7,8 +7,11 @@ each in an order of its own. So the lanes are disjoint and together complete, ho
 import base64
 import collections
 import contextlib
+import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +50,7 @@ class FileStream:
   """Documents of files. The position is three numbers: documents taken, characters of the last one, its last token.
 
   A document is held whole as text while it is drawn, and encoded piece by piece. The next ones are read and encoded
-  ahead, which is not part of the position: nothing depends on how many.
+  ahead, those after them by a thread meanwhile, which is not part of the position: nothing depends on how many.
   """
 
   def __init__(
@@ -69,6 +72,7 @@ class FileStream:
     self._last = 0  # token before the offset
     self._document: str | Conversation = ""  # that document
     self._ahead: collections.deque = collections.deque()  # (document, its first piece) of the next ones
+    self._coming: Future | None = None  # those after them
 
   def next_piece(self) -> Piece | None:
     """See `Stream`."""
@@ -76,7 +80,8 @@ class FileStream:
       begins = self._offset == 0
       if begins:
         if not self._ahead:
-          self._read_ahead()
+          self._ahead.extend(self._coming.result() if self._coming else self._read_ahead(self.taken))
+          self._coming = _threads(os.getpid()).submit(self._read_ahead, self.taken + len(self._ahead))
         if not self._ahead:
           return None
         self._document, (tokens, mask, end) = self._ahead.popleft()
@@ -91,13 +96,13 @@ class FileStream:
     path = self._documents.files[0].path
     raise UserError(f"config.data.vocabulary gives no token for any document of {path}: set one made for such text.")
 
-  def _read_ahead(self):
-    first = self._lane + self._lanes * self.taken
+  def _read_ahead(self, taken: int) -> list[tuple[str | Conversation, tuple]]:
+    first = self._lane + self._lanes * taken
     places = np.arange(first, first + self._lanes * AHEAD, self._lanes)
     numbers = self._numbers(places if self._end is None else places[places < self._end])
     enough = np.searchsorted(np.cumsum(self._documents.length[numbers]), AHEAD_BYTES)
     documents = self._read(numbers[: enough + 1])
-    self._ahead.extend(zip(documents, self._encoder.first_pieces(documents), strict=True))
+    return list(zip(documents, self._encoder.first_pieces(documents), strict=True))
 
   def _numbers(self, places: np.ndarray) -> np.ndarray:
     """Which documents are at `places`, ascending [n], of the endless sequence; int64 [n]."""
@@ -119,8 +124,16 @@ class FileStream:
     """See `Stream`."""
     self.taken, self._offset, self._last = state
     self._ahead.clear()
+    self._coming = None
     if self._offset:
       (self._document,) = self._read(self._numbers(np.array([self._lane + self._lanes * (self.taken - 1)])))
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+  """The threads that read ahead in this process; one that is forked has none of its parent's."""
+  del process
+  return ThreadPoolExecutor(os.cpu_count() or 1, "read-ahead")
 
 
 class TaskStream:

@@ -40,6 +40,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.batch_size = 16  # rows of one step, over all devices
   config.train.seq_len = 256  # tokens of a row
   config.train.microbatches = 1  # a step adds up the gradients of so many pieces of the batch
+  config.train.optimizer = "adamw"  # or muon, for the matrices of the layers (tsparse/train/optimizer.py)
   config.train.learning_rate = 1e-3  # peak; linear warm-up, then cosine
   config.train.final_learning_rate_fraction = 0.1  # of the peak, at the last step
   config.train.warmup_steps = 50

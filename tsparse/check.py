@@ -16,6 +16,7 @@ from tsparse.models.transformer import remat_policy
 from tsparse.recipes.recipe import DENSE, recipe_of
 from tsparse.train import memory
 from tsparse.train.loop import prepare
+from tsparse.train.optimizer import OPTIMIZERS
 from tsparse.train.step import ROUTER_LOSSES
 from tsparse.train.tracker import check_installed
 
@@ -70,6 +71,8 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
       raise UserError(f"config.train.{key} is {settings[key]}; it must not be negative, and finite.")
   if settings.final_learning_rate_fraction > 1:
     raise UserError("config.train.final_learning_rate_fraction is above 1: the learning rate would rise, not decay.")
+  if settings.optimizer not in OPTIMIZERS:
+    raise UserError(f"config.train.optimizer is {settings.optimizer!r}; the optimizers are {', '.join(OPTIMIZERS)}.")
   if not 0 <= config.seed < 2**31:
     raise UserError(f"config.seed is {config.seed}; it must be at least 0 and below 2^31.")
   if not (0 <= settings.b1 < 1 and 0 <= settings.b2 < 1):

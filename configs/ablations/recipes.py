@@ -18,6 +18,10 @@ KL = {"train.distill_weight": 0.7}
 OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
+SMALL = OURS | {  # the same tokens in four times as many steps, the learning rate down to 0
+  "train.batch_size": 4, "train.steps": 6400, "data.lanes": 4, "train.learning_rate": 2e-3, "train.warmup_steps": 200,
+  "train.final_learning_rate_fraction": 0.0,
+}  # fmt: skip
 
 RECIPES = {
   # those of papers, and their parts
@@ -46,6 +50,8 @@ RECIPES = {
   "log_80": OURS | {"sparsity.target": 0.81},
   "log_87": OURS | {"sparsity.target": 0.875},
   "log_87_per_layer": OURS | {"sparsity.target": 0.875, "sparsity.per_layer": True},
+  "small_80": SMALL | {"sparsity.target": 0.81},
+  "small_87": SMALL | {"sparsity.target": 0.875},
   "log_93": OURS | {"sparsity.target": 0.93},
   "calibrated_87": OURS | {"sparsity.calibrate": 0.875},  # thresholds after training alone
   "learned_thresholds": OURS | {
@@ -66,6 +72,9 @@ def get_config(name="plain"):
   config.name = "ablation_recipes"
   config.control = ConfigDict(stories_relufy.CONTROL)
   config.control.workdir = "runs/stories_relufy_control"
-  config.analysis.thresholds = name == "plain"  # the control is the same in all
+  if name == "plain":
+    config.analysis.thresholds = True  # CATS and TEAL of the control, which is the same in all
+  else:
+    config.analysis.levels = (0.0,)  # of the base and the control, which are half of the models, the curves are known
   config.update_from_flattened_dict(RECIPES[name])
   return config

@@ -238,18 +238,3 @@ def test_targets_that_are_not_scored_count_neither_in_the_loss_nor_in_its_gradie
     evaluation = evaluate(model, params, [masked], mesh)
   assert evaluation.tokens == mask.sum()
   np.testing.assert_allclose(evaluation.loss, found["loss"], rtol=1e-5)
-
-
-def test_weight_decay_spares_the_norms():
-  params = {"embed": jnp.ones((2, 2)), "final_norm": jnp.ones(2)}
-  train = small(weight_decay=0.1, warmup_steps=0, learning_rate=0.5).train
-  tx = make_optimizer(train, params)
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-  assert (updates["final_norm"] == 0).all()
-  np.testing.assert_allclose(updates["embed"], -0.05)
-
-
-def test_learning_rate_warms_up_and_decays_to_its_final_value():
-  train = small(steps=100, warmup_steps=10, learning_rate=1e-3, final_learning_rate_fraction=0.1).train
-  rates = [float(learning_rate(train)(step)) for step in (0, 5, 10, 55, 100)]
-  np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-5)

@@ -98,6 +98,9 @@ def revive(
       marks[name] = ~alive
     new["down"], marks["down"] = jnp.where(mask[..., None], 0, ffn["down"]), mask[..., None]
     params, reset = with_ffn(params, kind, new), with_ffn(reset, kind, marks)
-  opt_state = optax.tree_utils.tree_map_params(tx, lambda m, r: jnp.where(r, 0, m), opt_state, reset)
+  masked = lambda m: isinstance(m, optax.MaskedNode)  # of a parameter that another part of the optimizer has # noqa: E731
+  opt_state = optax.tree_utils.tree_map_params(
+    tx, lambda m, r: m if masked(m) else jnp.where(r, 0, m), opt_state, reset, is_leaf=masked
+  )
   idle = {kind: of | {"neurons": jnp.where(masks[kind], 0, of["neurons"])} for kind, of in idle.items()}
   return params, opt_state, idle

@@ -1,17 +1,31 @@
-"""AdamW with warm-up and cosine decay, clipped by global norm: the recipe of the paper (Turbo Sparse, section 5)."""
+"""AdamW with warm-up and cosine decay, clipped by global norm: the recipe of the paper (Turbo Sparse, section 5).
+
+Muon (Jordan 2024) in place of it orthogonalises the momentum M of each matrix of the layers, M = U S V^T -> U V^T by
+Newton-Schulz iterations, times 0.2 sqrt(max(rows, columns)), which is the size of AdamW's steps (arXiv 2502.16982), so
+that learning rates mean the same. Each expert's matrix is one of its own, the heads of a projection are one together.
+Embeddings, head, routers, norms and factors of lora stay with AdamW.
+"""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 import optax
+import optax.contrib
 
 from tsparse.recipes import trained
 from tsparse.recipes.lowrank import Factors
 from tsparse.sharding import path_name
 
 NOT_DECAYED = r".*(norm|bias|threshold)"  # scales, biases, and thresholds of predictors, which have no gradient
+MATRICES = {  # of Muon: the axes that are multiplied with the input and those of the output
+  r".*attention/(query|key|value)": optax.contrib.MuonDimensionNumbers(-3, (-2, -1)),  # [L, D, N, H]
+  r".*attention/out": optax.contrib.MuonDimensionNumbers((-3, -2), -1),  # [L, N, H, D]
+  r".*ffn/.*(gate|up|down)": optax.contrib.MuonDimensionNumbers(-2, -1),  # [L, D, F] or [L, E, D, F]
+}
+MUON_RMS = 0.2
 
 
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
@@ -27,15 +41,43 @@ def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
 
 def make_optimizer(train: ml_collections.ConfigDict, params: Any) -> optax.GradientTransformation:
   """The optimizer of `config.train` for parameters of the structure of `params` (arrays or shapes)."""
-  adamw = optax.adamw(
-    learning_rate(train),
-    b1=train.b1,
-    b2=train.b2,
-    weight_decay=train.weight_decay,
-    mask=decayed,
-  )
   found = trained.actions(trained.parse(train.rules), params)
-  return trained.only_trained(optax.clip_by_global_norm(train.clip_norm), adamw, found)
+  return trained.only_trained(optax.clip_by_global_norm(train.clip_norm), OPTIMIZERS[train.optimizer](train), found)
+
+
+def adamw(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """AdamW; what is not in NOT_DECAYED is decayed."""
+  return optax.adamw(
+    learning_rate(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=decayed
+  )  # fmt: skip
+
+
+def muon(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """Muon on MATRICES, AdamW with the same learning rate on the rest (without decay, as is usual with Muon)."""
+  return optax.contrib.muon(
+    learning_rate(train),
+    beta=train.b2,
+    weight_decay=train.weight_decay,
+    adam_b1=train.b1,
+    adam_b2=train.b2,
+    muon_weight_dimension_numbers=matrices,
+    consistent_rms=MUON_RMS,
+  )
+
+
+OPTIMIZERS: dict[str, Callable[[ml_collections.ConfigDict], optax.GradientTransformation]] = {
+  "adamw": adamw,
+  "muon": muon,
+}
+
+
+def matrices(params: Any) -> Any:
+  """Tree of the entries of MATRICES, None where there is none."""
+
+  def axes(path: Any, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    return next((axes for pattern, axes in MATRICES.items() if re.fullmatch(pattern, path_name(path))), None)
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decayed(params: Any) -> Any:

@@ -34,7 +34,8 @@ def project(pattern: str, x: Array, weight: Array, dtype: jnp.dtype | None = Non
   """einsum(pattern, x, weight): every token's row times one weight, as in "btd,df->btf" or "btnh,nhd->btd".
 
   The weight's gradient is one product of two matrices of rows, [B T, in]^T [B T, out]. JAX's own gradient is the same
-  sum, before which XLA copies an operand into transposed order on CPU: an eighth of a training step there.
+  sum, before which XLA copies an operand into transposed order on CPU: an eighth of a training step there. It is taken
+  the way round that has fewer rows than columns, which is up to 1.5 times as fast there.
 
   Args:
     pattern: "b" and "t" are the first letters of x and of the result, and the letters which x and the weight share are
@@ -48,7 +49,8 @@ def project(pattern: str, x: Array, weight: Array, dtype: jnp.dtype | None = Non
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project(pattern: str, dtype: jnp.dtype, x: Array, weight: Array) -> Array:
-  return jnp.einsum(pattern, x, weight, preferred_element_type=dtype)
+  of_x, of_weight, _ = pattern.replace("->", ",").split(",")
+  return _contracted(of_x, x, of_weight, weight, dtype)
 
 
 def _project_forward(pattern: str, dtype: jnp.dtype, *saved: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -58,10 +60,20 @@ def _project_forward(pattern: str, dtype: jnp.dtype, *saved: Array) -> tuple[Arr
 def _project_backward(pattern: str, _, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array]:
   x, weight = saved
   of_x, of_weight, of_out = pattern.replace("->", ",").split(",")
-  dx = jnp.einsum(f"{of_out},{of_weight}->{of_x}", dout, weight)
+  dx = _contracted(of_out, dout, of_weight, weight, None)
   left, right = (x, dout) if of_weight[0] in of_x else (dout, x)
   left, right = (rows.reshape(rows.shape[0] * rows.shape[1], -1) for rows in (left, right))
-  return dx.astype(x.dtype), (left.T @ right).reshape(weight.shape).astype(weight.dtype)
+  wide = left.shape[1] > right.shape[1]
+  product = jax.lax.optimization_barrier(right.T @ left).T if wide else left.T @ right
+  return dx.astype(x.dtype), product.reshape(weight.shape).astype(weight.dtype)
+
+
+def _contracted(of_left: str, left: Array, of_right: str, right: Array, dtype: jnp.dtype | None) -> Array:
+  """einsum over the letters which the two share, in their order: einsum takes another, and XLA copies for it."""
+  shared = [letter for letter in of_left if letter in of_right]
+  dims = tuple(tuple(letters.index(letter) for letter in shared) for letters in (of_left, of_right))
+  common = jnp.promote_types(left.dtype, right.dtype)
+  return jax.lax.dot_general(left.astype(common), right.astype(common), (dims, ((), ())), preferred_element_type=dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)

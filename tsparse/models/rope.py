@@ -174,5 +174,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     cos: [B, T, 1, H/2] float32.
     sin: [B, T, 1, H/2] float32.
   """
+  return _rotate(x, cos, sin)
+
+
+@jax.custom_vjp
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# the angles are no function of any parameter
+_rotate.defvjp(
+  lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+  lambda angles, dout: (_rotate(dout, angles[0], -angles[1]), None, None),
+)

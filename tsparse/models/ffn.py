@@ -37,7 +37,7 @@ def gated_hidden(
   expert: Array | None = None,
 ) -> Array:
   """act(gate, up) [..., F], times the predictor's mask if there is one, and then the intervention if there is one."""
-  hidden = activation(gate, up)
+  hidden = jax.checkpoint(activation)(gate, up)  # or all that its derivative needs is kept, as much as this again
   if predicted is not None:
     hidden = hidden * predicted
   return hidden if intervene is None else intervene(gate, up, hidden, expert)

@@ -46,7 +46,7 @@ Array = jax.Array
 # What the backward pass keeps of a layer: everything, the outputs of the weight matrices and of attention, or only the
 # layer's input. Grouped products and attention are loops and kernels, which only names tell apart.
 REMAT = {
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": None,  # no jax.checkpoint at all, which would round, and so copy, what it keeps
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     jax.checkpoint_policies.save_only_these_names("mixed", "expert_gate", "expert_up"),
@@ -232,8 +232,10 @@ class Block(nn.Module):
 def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Module:
   """`length` equal layers in a scan: parameters with a leading axis L, and so are the other arguments of a layer, the
   counts and the sums of the routers."""
+  policy = remat_policy(config.remat)
   scanned = nn.scan(
-    nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=False),
+    nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block,
+    unroll=min(config.unroll, length),
     variable_axes={"params": 0, "router": 0, "passes": 0},
     split_rngs={"params": True},
     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
@@ -286,7 +288,8 @@ class Transformer(nn.Module):
     x = constrain(embed[tokens], "BTD")
     if config.scale_embeddings:
       x *= jnp.asarray(config.d_model**0.5, x.dtype)
-    cos, sin = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    cos, sin = jax.lax.optimization_barrier(angles)  # or XLA computes them wherever they are used
     windows = sorted(set(config.windows))
     window_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
     first, counts = config.dense_layers, {}
@@ -376,7 +379,7 @@ def token_losses(
 
 
 def remat_policy(name: str):
-  """The checkpoint policy called `name`; UserError names the known ones."""
+  """The checkpoint policy called `name`, None for no checkpoint; UserError names the known ones."""
   if name not in REMAT:
     raise UserError(f"config.model.remat {name!r} is unknown: choose one of {', '.join(REMAT)}.")
   return REMAT[name]

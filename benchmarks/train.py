@@ -27,7 +27,6 @@ SIZES = ("L4,D128,F512,N4,K2,H32,V264,T128,B16", "L8,D512,F1536,N8,K4,H64,V8192,
 SIZE = flags.DEFINE_multi_string("size", SIZES, "Axis letters with their lengths. May be repeated.")
 EXPERTS = flags.DEFINE_integer("experts", 8, "E of the MoE, of which a token meets 2, each with F / 2 neurons.")
 REMAT = flags.DEFINE_string("remat", "none", "Ours: what the backward pass computes again (config.model.remat).")
-UNROLL = flags.DEFINE_integer("unroll", 0, "Ours: layers of a turn of the scan (config.model.unroll); 0 for all.")
 THREADS = flags.DEFINE_integer("threads", 2, "Of each side: it is pinned to so many cores.")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Steps of each side, one by one in turns; the least time counts.")
 JSON = flags.DEFINE_string("json", "", "Where the same figures are written.")
@@ -37,7 +36,7 @@ LEARNING_RATE = 1e-3
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # each step of XLA begins in new memory, and page faults are slow
 
 
-def model_of(size: str, experts: int, remat: str, unroll: int = 0) -> tuple[Any, int, int]:
+def model_of(size: str, experts: int, remat: str) -> tuple[Any, int, int]:
   """ModelConfig of one of --size, T and B."""
   from tsparse.models.config import ModelConfig
 
@@ -56,7 +55,6 @@ def model_of(size: str, experts: int, remat: str, unroll: int = 0) -> tuple[Any,
     max_seq_len=lengths["T"],
     dtype="float32",
     remat=remat,
-    unroll=unroll or lengths["L"],
     **moe,
   )
   return config, lengths["T"], lengths["B"]
@@ -187,7 +185,7 @@ def measure(size: str, experts: int, sides: dict[str, Side]) -> dict[str, Any]:
   """One row of the table: both sides on one model, step by step in turns."""
   from tsparse.models.flops import training_flops
 
-  config, seq_len, batch_size = model_of(size, experts, REMAT.value, UNROLL.value)
+  config, seq_len, batch_size = model_of(size, experts, REMAT.value)
   count = seq_len * batch_size
   flops = training_flops(config, count, seq_len, 0.0)
   with tempfile.TemporaryDirectory(prefix="tsparse-train-") as folder:
@@ -220,7 +218,7 @@ def measure(size: str, experts: int, sides: dict[str, Side]) -> dict[str, Any]:
 def main():
   """Measures, prints the table, writes the JSON."""
   for size in SIZE.value:
-    model_of(size, EXPERTS.value, REMAT.value, UNROLL.value)  # a UserError comes before anything is started
+    model_of(size, EXPERTS.value, REMAT.value)  # a UserError comes before anything is started
   os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)  # of both sides
   sides = {"ours": Side(ours), "theirs": Side(theirs)}
   rows = [measure(size, experts, sides) for size in SIZE.value for experts in (0, EXPERTS.value)]

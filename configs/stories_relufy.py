@@ -17,8 +17,11 @@ from configs import default
 from tsparse.errors import UserError
 
 BEST = {
-  "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
-  "sparsity.target": 0.87, "sparsity.dead_after": 100,
+  "train.distill_weight": 1.0, "sparsity.start": "signs,refit", "sparsity.penalty": "log", "sparsity.target": 0.87,
+  "sparsity.dead_after": 100,
+  # the same tokens in four times as many steps, the learning rate down to 0
+  "train.batch_size": 4, "train.steps": 6400, "data.lanes": 4, "train.learning_rate": 2e-3, "train.warmup_steps": 200,
+  "train.final_learning_rate_fraction": 0.0,
 }  # fmt: skip
 CONTROL = {"workdir": "", "train": {"learning_rate": 5e-4}}  # a trained model is only set back by the 2e-3 of the swap
 

@@ -28,7 +28,7 @@ POSITIVE = (
 OF_ROUTERS = (*ROUTER_LOSSES, "router_jitter")
 NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
-FREE_FIELDS = ("activation", "dtype", "remat", "unroll", "max_seq_len", "moe_impl")
+FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl")
 
 
 def check_sections(config: ml_collections.ConfigDict):

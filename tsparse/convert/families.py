@@ -346,7 +346,7 @@ def activation_of(fields: Mapping[str, Any], family: Family) -> str:
 MODELING = Path(__file__).with_name("modeling_tsparse.py")
 # Fields of ours that every exported config.json carries, or that say nothing of the architecture.
 FREE = {
-  *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "unroll", "moe_impl", "predictor_ranks",
+  *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "moe_impl", "predictor_ranks",
   "predictor_input",
 }  # fmt: skip
 

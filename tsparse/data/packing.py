@@ -42,6 +42,7 @@ class Packer:
     self._seq_len = seq_len
     self._bos = bos
     self._split_documents = split_documents
+    self._positions = np.arange(seq_len, dtype=np.int32)
     self._pending = np.array([bos], np.int32)  # one token of context, then the tokens still to be predicted
     self._mask = np.zeros([0], np.int32)  # of the latter
 
@@ -65,7 +66,7 @@ class Packer:
       row["inputs"][place] = self._pending[:size]
       row["targets"][place] = self._pending[1 : size + 1]
       row["segment_ids"][place] = segment
-      row["positions"][place] = np.arange(size)
+      row["positions"][place] = self._positions[:size]  # arange would let go of Python's lock, and wait for it
       row["loss_mask"][place] = self._mask[:size]
       self._pending, self._mask = self._pending[size:], self._mask[size:]
       filled += size

@@ -28,7 +28,7 @@ from tsparse.errors import UserError
 WHOLE = 64
 # Documents of a file that are read and encoded together, or as many as hold so many bytes: every call of a tokenizer
 # costs some, and in short ones threads wait for Python's lock.
-AHEAD, AHEAD_BYTES = 64, 32_768
+AHEAD, AHEAD_BYTES = 256, 131_072
 
 
 class Stream(Protocol):

@@ -60,7 +60,6 @@ class ModelConfig:
   moe_impl: str = "ragged"  # how experts are computed: a key of moe.IMPLEMENTATIONS, over the same parameters
   dtype: str = "bfloat16"  # compute; parameters are float32
   remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
-  unroll: int = 1  # layers of a turn of the scan over layers; all of them is faster on CPU, and takes longer to compile
   activation: str = "swiglu"  # a name of tsparse.activations
 
   def __post_init__(self):
@@ -70,8 +69,7 @@ class ModelConfig:
 
     activation(self.activation)
     object.__setattr__(self, "predictor_ranks", tuple(self.predictor_ranks))  # a list, from JSON
-    positive = "vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"
-    for name in (*positive, "unroll"):
+    for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_seq_len"):
       require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
     require(0 < self.rope_theta < float("inf"), f"rope_theta is {self.rope_theta}, it must be positive")
     if self.rope_scaling:

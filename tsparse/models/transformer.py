@@ -235,7 +235,6 @@ def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Mo
   policy = remat_policy(config.remat)
   scanned = nn.scan(
     nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block,
-    unroll=min(config.unroll, length),
     variable_axes={"params": 0, "router": 0, "passes": 0},
     split_rngs={"params": True},
     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),

@@ -6,8 +6,8 @@
 
 HF_DIR is a Hugging Face directory of karpathy/tinyllamas' stories260K. Without `:best` it is the plain swap of Turbo
 Sparse: after 1600 steps 1.519 with 70.9 % zeros, 0.149 above a control that keeps SwiGLU. `:best` trains that control
-too and reports the loss above it: neurons turned over, `down` refitted before the first step, the base as the teacher
-and a log-sum penalty whose weight a controller moves to 87 % zeros. docs/recipes.md says how it was chosen and what has
+too and reports the loss above it: neurons turned over, `down` refitted before the first step, the base as the teacher,
+a log-sum penalty whose weight a controller moves to 87 % zeros, and steps of 4 rows. docs/recipes.md says how it was chosen and what has
 been measured. End-of-text tokens, which this model never saw, are not scored.
 """
 

@@ -4,9 +4,10 @@
   python experiments/sweep.py --config=configs/ablations/recipes.py OVERRIDES
 
 OVERRIDES are those of configs/stories_relufy.py (init, data, vocabulary), and --config.train.steps=300 in both where
-it is to take an hour on 2 cores (with --parallel=2). Each name is a row of RECIPES, what it changes of the plain swap
-of Turbo Sparse; --sweep="config=plain,log_87" runs some of them. Two methods need no training and no row: CATS and
-TEAL are curves of the control in the report of plain (config.analysis.thresholds). What came out: docs/recipes.md.
+it is to take an hour on 2 cores (with --parallel=2; small_80 and small_87 then read a fourth of what the others read).
+Each name is a row of RECIPES, what it changes of the plain swap of Turbo Sparse; --sweep="config=plain,log_87" runs some
+of them. Two methods need no training and no row: CATS and TEAL are curves of the control in the report of plain
+(config.analysis.thresholds). What came out: docs/recipes.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,10 +19,7 @@ KL = {"train.distill_weight": 0.7}
 OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
-SMALL = OURS | {  # the same tokens in four times as many steps, the learning rate down to 0
-  "train.batch_size": 4, "train.steps": 6400, "data.lanes": 4, "train.learning_rate": 2e-3, "train.warmup_steps": 200,
-  "train.final_learning_rate_fraction": 0.0,
-}  # fmt: skip
+SMALL = OURS | stories_relufy.SMALL_STEPS
 
 RECIPES = {
   # those of papers, and their parts

@@ -99,7 +99,8 @@ def test_two_hosts_train_as_one_and_go_on_with_each_others_checkpoints(tmp_path)
 
 def test_each_host_reads_only_the_lanes_of_its_own_rows(tmp_path):
   text = tmp_path / "text.jsonl"
-  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(800)))
+  text.write_text("".join(json.dumps({"text": f"{i} is followed by {i + 1}."}) + "\n" for i in range(5000)))
+  # 8 lanes read 2 times streams.AHEAD documents ahead: of one epoch, for the next deals them anew
   flag, port = "--xla_force_host_platform_device_count=4", free_port()
   (reader := tmp_path / "reader.py").write_text(READER)
   env = ENVIRONMENT | {"XLA_FLAGS": flag}

@@ -116,12 +116,20 @@ def test_losses_of_a_moe_do_not_depend_on_its_implementation_nor_on_the_mesh(imp
   np.testing.assert_allclose(losses_of_a_moe(impl, 8 if mesh else 1, **mesh), losses_of_a_moe("dense"), rtol=1e-5)
 
 
-COLLECTIVES = {
-  "dense": {"all-gather": 47, "all-reduce": 71, "all-to-all": 2, "collective-permute": 1},
-  "ep_allgather": {
-    "all-gather": 66, "all-reduce": 82, "reduce-scatter": 3, "all-to-all": 2, "collective-permute": 1,
+COLLECTIVES = {  # by the version of JAX, whose XLA it is: that of Python 3.11 and that of 3.12
+  "0.10": {
+    "dense": {"all-gather": 47, "all-reduce": 71, "all-to-all": 2, "collective-permute": 1},
+    "ep_allgather": {
+      "all-gather": 66, "all-reduce": 82, "reduce-scatter": 3, "all-to-all": 2, "collective-permute": 1,
+    },
   },
-}  # fmt: skip
+  "0.12": {
+    "dense": {"all-gather": 48, "all-reduce": 71, "all-to-all": 1, "collective-permute": 1},
+    "ep_allgather": {
+      "all-gather": 67, "all-reduce": 80, "reduce-scatter": 3, "all-to-all": 1, "collective-permute": 1,
+    },
+  },
+}[".".join(jax.__version__.split(".")[:2])]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", COLLECTIVES)

@@ -27,6 +27,7 @@ from tsparse.recipes.recipe import plain, recipe_of
 from tsparse.recipes.teacher import teacher_of
 from tsparse.train import loop
 from tsparse.train.loop import Source, compiled_step, initial_state, prepare
+from tsparse.train.optimizer import make_optimizer
 
 
 def small(text="stdlib", sparsity=(), train=(), **model):
@@ -220,6 +221,12 @@ def test_dead_neurons_are_counted_and_revived_without_a_change(steps):
   assert (
     not adam.nu["layers"]["ffn"]["gate"][1, :, 5].any() and not np.asarray(idle["ffn"]["neurons"])[dead[:, None]].any()
   )
+
+  ruled = small(train={"rules": "embed|head=0; layers/ffn/up|layers/attention/.*=lora:2; .*=1"}, hidden_thresholds=True)
+  tx = make_optimizer(ruled.train, state.params)  # what is frozen has no moments, and factors of lora keep theirs
+  before = tx.init(state.params)
+  after = guards.revive(state.params, before, state.memory["idle"], tx, 2, jax.random.key(0))[1]
+  jax.tree.map(np.testing.assert_array_equal, after, before)  # all moments are zero
 
 
 def test_without_a_recipe_there_is_none():

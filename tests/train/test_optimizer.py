@@ -40,6 +40,7 @@ MATRICES = {  # of the parameters of the model below, by path: how the gradient 
 def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_the_size_of_adamw_s():
   config = small(optimizer="muon", warmup_steps=0, learning_rate=0.5, weight_decay=0.0)
   config.model.update({"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16})
+  config.model.shared_gate = True  # a vector in each layer, no matrix
   shapes = jax.eval_shape(lambda: init_parameters(Transformer(model_config(config)), jax.random.key(0)))
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -57,8 +58,9 @@ def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_the_size_of
       np.testing.assert_allclose(turned - np.diag(np.diag(turned)), 0, atol=1e-3)
       assert ((np.diag(turned) > 0.3) & (np.diag(turned) < 1.4)).all()  # Newton-Schulz stops there
       np.testing.assert_allclose(np.sqrt(np.mean(u**2)), 0.5 * 0.2, rtol=0.3)
-  router = updates["layers"]["ffn"]["router"]  # AdamW's first step is the sign of the gradient
-  np.testing.assert_allclose(np.abs(router), np.abs(router).max(), rtol=1e-3)
+  for name in ("router", "shared_gate"):  # Adam's first step is the sign of the gradient
+    size = np.abs(updates["layers"]["ffn"][name])
+    np.testing.assert_allclose(size, size.max(), rtol=1e-3)
 
 
 def test_losses_with_muon_do_not_depend_on_the_mesh():

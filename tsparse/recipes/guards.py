@@ -17,6 +17,8 @@ import optax
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.counts import ModelCounts
 from tsparse.models.ffn_params import ffn_of, with_ffn
+from tsparse.recipes.lowrank import Factors
+from tsparse.recipes.trained import map_moments
 
 Array = jax.Array
 # By kind of FFN: neurons [L, E, F] and experts [L, E], int32 steps without a sign of life.
@@ -98,9 +100,10 @@ def revive(
       marks[name] = ~alive
     new["down"], marks["down"] = jnp.where(mask[..., None], 0, ffn["down"]), mask[..., None]
     params, reset = with_ffn(params, kind, new), with_ffn(reset, kind, marks)
-  masked = lambda m: isinstance(m, optax.MaskedNode)  # of a parameter that another part of the optimizer has # noqa: E731
-  opt_state = optax.tree_utils.tree_map_params(
-    tx, lambda m, r: m if masked(m) else jnp.where(r, 0, m), opt_state, reset, is_leaf=masked
-  )
+
+  def forgotten(moment: Any, reset: Any) -> Any:  # factors of lora have no rows of their own for a neuron
+    return moment if isinstance(moment, Factors) else jnp.where(reset, 0, moment)
+
+  opt_state = map_moments(tx, forgotten, opt_state, reset)
   idle = {kind: of | {"neurons": jnp.where(masks[kind], 0, of["neurons"])} for kind, of in idle.items()}
   return params, opt_state, idle

@@ -9,14 +9,14 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from tsparse.errors import UserError
-from tsparse.recipes.lowrank import low_rank
+from tsparse.recipes.lowrank import Factors, low_rank
 from tsparse.sharding import match
 
 EVERYTHING = ((".*", 1.0),)
@@ -81,3 +81,29 @@ def only_trained(
     lambda updates, _: jax.tree.map(lambda u, a: u * a if isinstance(a, float) else u, updates, found)
   )
   return optax.chain(*parts, scale)
+
+
+def map_moments(
+  tx: optax.GradientTransformation,
+  function: Callable[..., Any],
+  opt_state: Any,
+  *trees: Any,
+  others: Callable[[Any], Any] = lambda leaf: leaf,
+) -> Any:
+  """The optimizer state with `function` of each moment and of its parameter's part of `trees`; `others` of the rest.
+
+  A moment of a low-rank parameter is given as its Factors. A parameter that is not trained, or that another part of
+  the optimizer has, has none: its optax.MaskedNode stays.
+  """
+
+  def of_trained(moment: Any, *parts: Any) -> Any:
+    return moment if isinstance(moment, optax.MaskedNode) else function(moment, *parts)
+
+  return optax.tree_utils.tree_map_params(
+    tx,
+    of_trained,
+    opt_state,
+    *trees,
+    transform_non_params=others,
+    is_leaf=lambda x: isinstance(x, (optax.MaskedNode, Factors)),
+  )

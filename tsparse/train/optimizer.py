@@ -3,7 +3,7 @@
 Muon (Jordan 2024) in place of it orthogonalises the momentum M of each matrix of the layers, M = U S V^T -> U V^T by
 Newton-Schulz iterations, times 0.2 sqrt(max(rows, columns)), which is the size of AdamW's steps (arXiv 2502.16982), so
 that learning rates mean the same. Each expert's matrix is one of its own, the heads of a projection are one together.
-Embeddings, head, routers, norms and factors of lora stay with AdamW.
+Embeddings, head, routers, norms and factors of lora stay with Adam, with Nesterov's momentum and without decay.
 """
 
 import re
@@ -23,7 +23,7 @@ NOT_DECAYED = r".*(norm|bias|threshold)"  # scales, biases, and thresholds of pr
 MATRICES = {  # of Muon: the axes that are multiplied with the input and those of the output
   r".*attention/(query|key|value)": optax.contrib.MuonDimensionNumbers(-3, (-2, -1)),  # [L, D, N, H]
   r".*attention/out": optax.contrib.MuonDimensionNumbers((-3, -2), -1),  # [L, N, H, D]
-  r".*ffn/.*(gate|up|down)": optax.contrib.MuonDimensionNumbers(-2, -1),  # [L, D, F] or [L, E, D, F]
+  r".*ffn/(shared/)?(gate|up|down)": optax.contrib.MuonDimensionNumbers(-2, -1),  # [L, D, F] or [L, E, D, F]
 }
 MUON_RMS = 0.2
 
@@ -47,16 +47,13 @@ def make_optimizer(train: ml_collections.ConfigDict, params: Any) -> optax.Gradi
 
 def adamw(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """AdamW; what is not in NOT_DECAYED is decayed."""
-  return optax.adamw(
-    learning_rate(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=decayed
-  )  # fmt: skip
+  return optax.adamw(learning_rate(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=decayed)
 
 
 def muon(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Muon on MATRICES, AdamW with the same learning rate on the rest (without decay, as is usual with Muon)."""
+  """Muon on MATRICES, Adam with the same learning rate on the rest; `weight_decay` is that of MATRICES."""
   return optax.contrib.muon(
     learning_rate(train),
-    beta=train.b2,
     weight_decay=train.weight_decay,
     adam_b1=train.b1,
     adam_b2=train.b2,
@@ -99,15 +96,6 @@ def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings
   state = jax.eval_shape(tx.init, params)
 
   def like(moment: Any, sharding: Any) -> Any:
-    if isinstance(moment, optax.MaskedNode):  # of a parameter that is not trained
-      return moment
     return jax.tree.map(lambda _: replicated, moment) if isinstance(moment, Factors) else sharding
 
-  return optax.tree_utils.tree_map_params(
-    tx,
-    like,
-    state,
-    shardings,
-    transform_non_params=lambda _: replicated,
-    is_leaf=lambda x: isinstance(x, (optax.MaskedNode, Factors)),
-  )
+  return trained.map_moments(tx, like, state, shardings, others=lambda _: replicated)

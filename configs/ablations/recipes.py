@@ -73,6 +73,6 @@ def get_config(name="plain"):
   if name == "plain":
     config.analysis.thresholds = True  # CATS and TEAL of the control, which is the same in all
   else:
-    config.analysis.levels = (0.0,)  # of the base and the control, which are half of the models, the curves are known
+    config.analysis.levels = ()  # most of the time of a row would be curves of the base and the control, again
   config.update_from_flattened_dict(RECIPES[name])
   return config

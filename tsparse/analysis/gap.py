@@ -8,7 +8,8 @@ CONTROL = "control"
 DEFINITIONS = {
   "gap": "loss of a model minus that of the control on the same held-out tokens, nats per token; the control starts "
   "from the same model and trains on the same tokens in the same batches with the activation it started with, so that "
-  "the gap is what the zeros cost and not what more training gains. Its interval is that of `difference`",
+  "the gap is what the zeros cost and not what more training gains (a control that config.control.workdir names has "
+  "trained as its own config says). Its interval is that of `difference`",
 }
 
 

@@ -142,7 +142,8 @@ def test_a_real_model_answers_as_by_transformers_whole_and_masked(shared_data, t
     assert_equal(out, name, by_transformers(tmp_path / "model", tasks, share), masked=share is not None)
   assert json.loads((out / "evaluation.json").read_text()) == files.strict(made)
   off, masked = made["settings"]
-  assert off["zero_fraction"] == 0 and masked["zero_fraction"] == pytest.approx(0.5)
+  # silu(gate) * up of this model is exactly 0 where a sum in gate or up cancels: 4 of 141 million entries
+  assert off["zero_fraction"] < 1e-6 and masked["zero_fraction"] == pytest.approx(0.5)
   said, cut = console.file.getvalue(), off["truncated"]
   assert f"warning: {cut['requests']} requests were longer than the context of 128 tokens" in said
   row = next(row for row in made["scores"] if row["metric"] == "acc_norm")

@@ -12,7 +12,8 @@ that `hidden` holds exact zeros: the row of `down` (and with gate-first decoding
     shifted_relu:B        max(0, gate - B) * up           gate <= B
     fatrelu:T             (gate if gate >= T else 0) * up gate < T
     drelu                 max(0, gate) * max(0, up)       gate <= 0 or up <= 0
-    qsparse:S             TopK(max(0, gate)^2 * up)       (the round(S F) entries smallest in size)
+    topk:S                TopK(silu(gate) * up)           (the round(S F) entries smallest in size)
+    qsparse:S             TopK(max(0, gate)^2 * up)       (the same)
 
 To add one: write the function with its formula and paper, add a line to ACTIVATIONS (PARAMETRIC, WHOLE_ROWS).
 """
@@ -24,11 +25,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from tsparse.errors import UserError
 from tsparse.topk import kept, largest
 
 Array = jax.Array
+KEPT_MASK = "topk"  # what policies of jax.checkpoint call the mask of the entries of a row that are kept
 
 
 def swiglu(gate: Array, up: Array) -> Array:
@@ -71,6 +74,16 @@ def fatrelu(gate: Array, up: Array, threshold: float) -> Array:
   return jnp.where(gate >= threshold, gate, 0) * up
 
 
+def topk(gate: Array, up: Array, sparsity: float) -> Array:
+  """The entries of silu(gate) * up largest in size, F - round(sparsity F) of each token; the others are 0.
+
+  SwiGLU under the masks of Turbo Sparse's analysis (arXiv 2406.05955, section 3), trained under them. What is 0 has
+  no gradient, as in top-k autoencoders (arXiv 2406.04093). F must be whole.
+  """
+  hidden = swiglu(gate, up)
+  return jnp.where(_largest(hidden, sparsity), hidden, 0)
+
+
 def qsparse(gate: Array, up: Array, sparsity: float) -> Array:
   """The entries of max(0, gate)^2 * up largest in size, F - round(sparsity F) of each token; the others are 0.
 
@@ -78,9 +91,14 @@ def qsparse(gate: Array, up: Array, sparsity: float) -> Array:
   Its division by the length of the row is left out: a model trained without it cannot bear it. F must be whole.
   """
   hidden = relu2(gate, up)
-  size = jnp.abs(jax.lax.stop_gradient(hidden)).astype(jnp.float32)
-  dropped = jnp.where(largest(size, kept(jnp.float32(sparsity), hidden.shape[-1])), 0, hidden)
+  dropped = jnp.where(_largest(hidden, sparsity), 0, hidden)
   return hidden - jax.lax.stop_gradient(dropped)  # x - x is 0, exactly
+
+
+def _largest(hidden: Array, sparsity: float) -> Array:
+  """Mask of the entries of a row that are kept. Making it is slow (topk.py), so the backward pass has it too."""
+  size = jnp.abs(jax.lax.stop_gradient(hidden)).astype(jnp.float32)
+  return checkpoint_name(largest(size, kept(jnp.float32(sparsity), hidden.shape[-1])), KEPT_MASK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +137,8 @@ PARAMETRIC = {
   "shifted_relu": (shifted_relu, "gate <= {}"),
   "fatrelu": (fatrelu, "gate < {}"),
 }
-WHOLE_ROWS = {"qsparse": qsparse}  # with a number too; entries of a row are compared: none has a condition alone
+# With a number too. Entries of a row are compared: none of them has a condition of its own.
+WHOLE_ROWS = {"topk": topk, "qsparse": qsparse}
 
 
 def activation(name: str) -> Activation:

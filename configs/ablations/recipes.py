@@ -20,6 +20,7 @@ OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
 SMALL = OURS | stories_relufy.SMALL_STEPS
+TOPK = stories_relufy.SMALL_STEPS | {"train.distill_weight": 1.0, "sparsity.start": "refit"}
 
 RECIPES = {
   # those of papers, and their parts
@@ -50,6 +51,8 @@ RECIPES = {
   "log_87_per_layer": OURS | {"sparsity.target": 0.875, "sparsity.per_layer": True},
   "small_80": SMALL | {"sparsity.target": 0.81},
   "small_87": SMALL | {"sparsity.target": 0.875},
+  "topk_80": TOPK | {"activation": "topk:0.8"},  # zeros by comparison, no penalty: SwiGLU in its largest entries
+  "topk_87": TOPK | {"activation": "topk:0.875"},
   "log_93": OURS | {"sparsity.target": 0.93},
   "calibrated_87": OURS | {"sparsity.calibrate": 0.875},  # thresholds after training alone
   "learned_thresholds": OURS | {

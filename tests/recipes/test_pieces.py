@@ -10,8 +10,10 @@ import scipy.special
 from tsparse.activations import activation
 from tsparse.errors import UserError
 from tsparse.models.counts import HiddenCounts, penalty_per_layer
+from tsparse.models.ffn import gated_hidden
 from tsparse.models.loss import BLOCKS
 from tsparse.models.threshold import jump
+from tsparse.models.transformer import REMAT
 from tsparse.recipes import penalties, swap, thresholds
 from tsparse.recipes.controller import INTEGRAL, PROPORTIONAL, SMOOTHING, Controller
 from tsparse.recipes.distill import Read, distilled_cross_entropy
@@ -192,6 +194,30 @@ def test_qsparse_keeps_the_largest_and_passes_every_gradient():
   np.testing.assert_allclose(through[1], np.maximum(GATE, 0) ** 2, rtol=1e-5)
   with pytest.raises(UserError, match="below 1"):
     activation("qsparse:1.5")
+
+
+def test_topk_is_swiglu_in_its_largest_entries_and_nothing_elsewhere():
+  act, dense = activation("topk:0.8"), activation("swiglu")
+  hidden = np.asarray(dense(GATE, UP))
+  mask = np.zeros(GATE.shape, bool)
+  np.put_along_axis(mask, np.argsort(-np.abs(hidden), axis=-1, kind="stable")[:, :6], True, axis=-1)
+  np.testing.assert_array_equal(act(GATE, UP), np.where(mask, hidden, 0))
+  found, whole = (jax.grad(lambda g, u, f=f: f(g, u).sum(), (0, 1))(GATE, UP) for f in (act, dense))
+  for ours, theirs in zip(found, whole, strict=True):
+    np.testing.assert_allclose(ours, np.where(mask, theirs, 0), rtol=1e-5, atol=1e-7)
+
+
+def test_the_backward_pass_does_not_look_for_the_largest_again():
+  act = activation("topk:0.8")
+
+  def loss(gate, up):
+    return gated_hidden(gate, up, act, None, None).sum()
+
+  def loops(function):
+    return jax.jit(function).lower(GATE, UP).as_text().count("stablehlo.while")
+
+  kept = jax.value_and_grad(jax.checkpoint(loss, policy=REMAT["dots"]))
+  assert loops(loss) == loops(jax.value_and_grad(loss)) == loops(kept) > 0
 
 
 def test_low_rank_training_is_that_of_the_two_factors():

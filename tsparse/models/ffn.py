@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from tsparse.activations import KEPT_MASK
 from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token, sum_penalty
 from tsparse.models.layers import project
 from tsparse.sharding import constrain
@@ -37,7 +38,9 @@ def gated_hidden(
   expert: Array | None = None,
 ) -> Array:
   """act(gate, up) [..., F], times the predictor's mask if there is one, and then the intervention if there is one."""
-  hidden = jax.checkpoint(activation)(gate, up)  # or all that its derivative needs is kept, as much as this again
+  # without jax.checkpoint all that the derivative needs would be kept, as much as gate and up again
+  policy = jax.checkpoint_policies.save_only_these_names(KEPT_MASK)
+  hidden = jax.checkpoint(activation, policy=policy)(gate, up)
   if predicted is not None:
     hidden = hidden * predicted
   return hidden if intervene is None else intervene(gate, up, hidden, expert)

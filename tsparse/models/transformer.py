@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from tsparse.activations import activation
+from tsparse.activations import KEPT_MASK, activation
 from tsparse.errors import UserError
 from tsparse.models import layers, rope
 from tsparse.models.attention import attention
@@ -49,7 +49,7 @@ REMAT = {
   "none": None,  # no jax.checkpoint at all, which would round, and so copy, what it keeps
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    jax.checkpoint_policies.save_only_these_names("mixed", "expert_gate", "expert_up"),
+    jax.checkpoint_policies.save_only_these_names("mixed", "expert_gate", "expert_up", KEPT_MASK),
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -109,11 +109,13 @@ class Activation:
     name: as the user wrote it, parameter included (`"fatrelu:0.01"`).
     function: (gate [..., F], up [..., F]) -> hidden [..., F], same dtype.
     zero_where: the condition on an entry under which `hidden` is exactly 0; empty when there is none.
+    whole_rows: entries depend on the others of their row, which therefore must not be split or skipped.
   """
 
   name: str
   function: Callable[[Array, Array], Array]
   zero_where: str = ""
+  whole_rows: bool = False
 
   def __call__(self, gate: Array, up: Array) -> Array:
     """Hidden [..., F] of gate and up [..., F]."""
@@ -155,10 +157,11 @@ def activation(name: str) -> Activation:
     if not re.fullmatch(r"\d+\.?\d*(e-?\d+)?", text):
       raise UserError(f"activation {name!r} needs a non-negative number after the colon, as in '{key}:0.01'.")
     value = float(text)
-    if key in WHOLE_ROWS and value >= 1:
+    whole = key in WHOLE_ROWS
+    if whole and value >= 1:
       raise UserError(f"activation {name!r}: the number is the share of zeros, below 1.")
-    function, zero_where = PARAMETRIC[key] if key in PARAMETRIC else (WHOLE_ROWS[key], "")
-    return Activation(name, lambda gate, up: function(gate, up, value), zero_where.format(value))
+    function, zero_where = (WHOLE_ROWS[key], "") if whole else PARAMETRIC[key]
+    return Activation(name, lambda gate, up: function(gate, up, value), zero_where.format(value), whole)
   known = [*ACTIVATIONS, *(f"{key}:NUMBER" for key in (*PARAMETRIC, *WHOLE_ROWS))]
   nearest = difflib.get_close_matches(key, [*ACTIVATIONS, *PARAMETRIC, *WHOLE_ROWS], n=1)
   hint = f" Did you mean {nearest[0]!r}?" if nearest and nearest[0] != key else ""

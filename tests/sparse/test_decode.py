@@ -27,6 +27,8 @@ CONFIGS = {
   "turbosparse_moe": dataclasses.replace(
     MOE, predictor_ranks=(6, 6), predictor_input="after_norm", predictor_thresholds=True
   ),
+  "topk": dataclasses.replace(TINY, activation="topk:0.8"),
+  "thresholds": dataclasses.replace(DEEPSEEK, hidden_thresholds=True),
 }
 LENGTH, PROMPT = 14, 8
 

@@ -142,11 +142,14 @@ def test_a_text_ends_where_the_context_or_the_request_does(tiny):
 
 def test_what_cannot_be_skipped_is_said():
   dense, turbo = PRESETS["tiny"], dataclasses.replace(PRESETS["tiny"], activation="drelu")
-  assert sparse_mode(dense, "auto") == "off" and sparse_mode(turbo, "auto") == "auto"
+  jumping, topk = (dataclasses.replace(turbo, **of) for of in ({"hidden_thresholds": True}, {"activation": "topk:0.8"}))
+  assert [sparse_mode(config, "auto") for config in (dense, turbo, jumping, topk)] == ["off", "auto", "off", "off"]
   for config, mode, sentence in (
     (dense, "exact", "exactly zero nowhere"),
     (turbo, "predictor", "holds no predictors"),
     (turbo, "of", "unknown"),
+    (jumping, "exact", "this model has hidden_thresholds, .*choose off"),
+    (topk, "predictor", "has the activation topk:0.8, .*choose off"),
   ):
     with pytest.raises(UserError, match=sentence):
       sparse_mode(config, mode)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tsparse.activations import WHOLE_ROWS
+from tsparse.activations import activation
 from tsparse.convert.rope import read_rope, write_rope
 from tsparse.convert.rules import Rule
 from tsparse.errors import UserError
@@ -382,7 +382,7 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   Models whose activation is some `hidden_act` of a class in transformers become that; the others a subclass in
   `modeling_tsparse.py`, which transformers loads by `trust_remote_code=True`.
   """
-  if config.hidden_thresholds or config.activation.partition(":")[0] in WHOLE_ROWS:
+  if config.hidden_thresholds or activation(config.activation).whole_rows:
     what = "hidden_thresholds" if config.hidden_thresholds else f"the activation {config.activation}"
     raise UserError(f"--format=hf: the model has {what}, which modeling_tsparse.py does not know; keep it as it is.")
   kind = family_of(config)

@@ -16,6 +16,7 @@ from tsparse.activations import activation
 from tsparse.models import layers, rope, router
 from tsparse.models.config import ModelConfig
 from tsparse.models.ffn import Intervention
+from tsparse.models.threshold import Thresholded
 from tsparse.models.transformer import split_interventions
 from tsparse.sparse.kernels import reference, table
 from tsparse.sparse.kernels.reference import Neurons, Predictor
@@ -56,7 +57,7 @@ def hidden_states(
     positions: [B, T] int32, consecutive in each row, below the length of the cache.
     valid: [B, T] bool, false on padding, which comes last in its row and whose result has no meaning.
     interventions: of each layer, as `by_layer` makes them; none leaves the hidden alone. They are computed by the
-      kernels of reference.py.
+      kernels of reference.py, and so are thresholds of the hidden and activations that compare the entries of a row.
 
   Returns:
     [B, T, D] in the dtype of compute, the cache, and [L] float32: entries of the FFN hidden that are not zero, over the
@@ -176,7 +177,7 @@ def _feed_forward(
     chosen: Array, weights: Array, neurons: Neurons, predictor: Predictor | None, mask: Intervention | None
   ) -> tuple[Array, Array]:
     args = (part.reshape(-1, part.shape[-1]) for part in (chosen, weights))
-    if mask is None:
+    if mask is None and not act.whole_rows:
       out, fired = table.feed_forward(kernels, mode, act, flat, *args, neurons, predictor)
     else:
       out, fired = reference.feed_forward(mode, act, flat, *args, neurons, predictor, mask)
@@ -193,13 +194,18 @@ def _feed_forward(
     read = residual if config.predictor_input == "before_norm" else x
     predictor = Predictor(layer["fc1"], layer["fc2"], read.reshape(-1, dim).astype(jnp.float32), layer.get("threshold"))
   mask = masks.get("ffn") if "router" in layer else _no_expert(masks.get("ffn"))
-  out, fired = ffn(*routed, layer["neurons"], predictor, mask)
+  out, fired = ffn(*routed, layer["neurons"], predictor, _with_threshold(mask, layer.get("hidden_threshold")))
   if "shared" in layer:
-    shared, count = ffn(*alone, layer["shared"], None, _no_expert(masks.get("shared")))
+    mask = _with_threshold(_no_expert(masks.get("shared")), layer.get("shared_hidden_threshold"))
+    shared, count = ffn(*alone, layer["shared"], None, mask)
     if "shared_gate" in layer:
       shared *= jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, layer["shared_gate"].astype(x.dtype)))[..., None]
     out, fired = out + shared, fired + count
   return out, fired
+
+
+def _with_threshold(mask: Intervention | None, theta: Array | None) -> Intervention | None:
+  return mask if theta is None else Thresholded(theta, mask)
 
 
 def _no_expert(mask: Intervention | None) -> Intervention | None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tsparse.activations import WHOLE_ROWS, activation
+from tsparse.activations import activation
 from tsparse.convert.model import Model, open_model
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
@@ -107,14 +107,11 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
   Raises:
     UserError: unknown, or not possible with this model.
   """
-  exact = activation(config.activation).exact_zeros
   if sparse not in SPARSE:
     raise UserError(f"--sparse={sparse} is unknown: choose one of {', '.join(SPARSE)}.")
-  if reason := undecodable(config):
-    raise UserError(
-      f"this model has {reason}, which no kernel of generation knows: experiments/analyze.py evaluates it."
-    )
-  if sparse == "exact" and not exact:
+  if sparse in ("exact", "predictor") and (reason := dense_for(config)):
+    raise UserError(f"--sparse={sparse}: this model has {reason}, which kernels that skip do not know; choose off.")
+  if sparse == "exact" and not activation(config.activation).exact_zeros:
     raise UserError(
       f"--sparse=exact: {config.activation} is exactly zero nowhere, so no row may be skipped; choose --sparse=off, or "
       "give the model zeros first (experiments/convert.py --activation=drelu, or fatrelu:0.01 for a threshold)."
@@ -127,14 +124,16 @@ def sparse_mode(config: ModelConfig, sparse: str) -> str:
   return "off" if sparse == "auto" and candidates(config) == ["off"] else sparse
 
 
-def undecodable(config: ModelConfig) -> str:
-  """What a model has that the kernels do not know, "" for nothing."""
-  whole = config.activation.partition(":")[0] in WHOLE_ROWS
+def dense_for(config: ModelConfig) -> str:
+  """What a model has for which the kernels of reference.py compute its FFNs, "" for nothing."""
+  whole = activation(config.activation).whole_rows
   return f"the activation {config.activation}" if whole else "hidden_thresholds" if config.hidden_thresholds else ""
 
 
 def candidates(config: ModelConfig) -> list[str]:
   """The modes among which `auto` may choose: those that skip something, and "off"."""
+  if dense_for(config):
+    return ["off"]
   exact = activation(config.activation).exact_zeros
   return ["off", *(["exact"] if exact else []), *(["predictor"] if config.predictor_ranks else [])]
 

@@ -6,6 +6,7 @@
     neurons: gate, up, down [E, F, D], so that a neuron is three rows; E is 1 where there are no experts
     router [D, E] · shared: neurons as of one expert · shared_gate [D]                                 with experts
     fc1 [E, R, D], fc2 [E, F, R], threshold [E]                                   with predictors (and thresholds)
+    hidden_threshold [1] · shared_hidden_threshold [1]                            with hidden_thresholds
 
 Matrices keep the dtype they are stored in or get the one asked for; norms, biases and routers are float32. A layer is
 read, turned and placed before the next is read, so that a stored model is never in memory twice. On a mesh
@@ -90,6 +91,10 @@ def arrange(
     if config.qk_norm:
       layer |= {name: vector(f"{stack}/attention/{name}", index) for name in ("query_norm", "key_norm")}
     layer["neurons"] = neurons(f"{stack}/ffn", index)
+    if config.hidden_thresholds:
+      layer["hidden_threshold"] = vector(f"{stack}/ffn/threshold", index)
+    if f"{stack}/ffn/shared/threshold" in leaves:
+      layer["shared_hidden_threshold"] = vector(f"{stack}/ffn/shared/threshold", index)
     if f"{stack}/ffn/router" in leaves:
       layer["router"] = put(leaves[f"{stack}/ffn/router"].at((index,)).astype(np.float32))
     if f"{stack}/ffn/shared/gate" in leaves:

@@ -74,6 +74,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.sparsity.penalty_weight = 0.0  # lambda, constant; with a target that at the start (0: 1e-3)
   config.sparsity.stages = ""  # lambda by ProSparse's schedule, "0.1:0,0.5:0.003": reached at these shares of the steps
   config.sparsity.target = 0.0  # share of zeros asked for: a controller moves lambda; 0 asks for none
+  config.sparsity.moves = "penalty"  # or "thresholds": a target moves those of the hidden, with hidden_thresholds
   config.sparsity.target_by = 0.7  # share of the steps at which it is to be reached
   config.sparsity.per_layer = False  # each layer has the target, and a lambda of its own
   config.sparsity.threshold = 0.0  # of the hidden at the start, with config.model.hidden_thresholds; it is learned

@@ -21,6 +21,10 @@ OURS = {
 }  # fmt: skip
 SMALL = OURS | stories_relufy.SMALL_STEPS
 TOPK = stories_relufy.SMALL_STEPS | {"train.distill_weight": 1.0, "sparsity.start": "refit"}
+JUMP = stories_relufy.SMALL_STEPS | {
+  "train.distill_weight": 1.0, "train.learning_rate": 1e-3, "activation": "swiglu", "model.hidden_thresholds": True,
+  "sparsity.start": "thresholds,refit", "sparsity.moves": "thresholds",
+}  # fmt: skip
 
 RECIPES = {
   # those of papers, and their parts
@@ -53,6 +57,8 @@ RECIPES = {
   "small_87": SMALL | {"sparsity.target": 0.875},
   "topk_80": TOPK | {"activation": "topk:0.8"},  # zeros by comparison, no penalty: SwiGLU in its largest entries
   "topk_87": TOPK | {"activation": "topk:0.875"},
+  "jump_80": JUMP | {"sparsity.target": 0.8},  # no ReLU: SwiGLU above a threshold for each layer, moved to the target
+  "jump_87": JUMP | {"sparsity.target": 0.875},
   "log_93": OURS | {"sparsity.target": 0.93},
   "calibrated_87": OURS | {"sparsity.calibrate": 0.875},  # thresholds after training alone
   "learned_thresholds": OURS | {

@@ -18,7 +18,7 @@ from tsparse.recipes import penalties, swap, thresholds
 from tsparse.recipes.controller import INTEGRAL, PROPORTIONAL, SMOOTHING, Controller
 from tsparse.recipes.distill import Read, distilled_cross_entropy
 from tsparse.recipes.lowrank import low_rank
-from tsparse.recipes.start import RIDGE, energy, refitted
+from tsparse.recipes.start import RIDGE, energy, refitted, threshold
 
 RNG = np.random.default_rng(0)
 GATE, UP = RNG.normal(size=(2, 40, 30)).astype(np.float32)
@@ -179,6 +179,23 @@ def test_a_jump_has_the_gradient_of_its_window():
   np.testing.assert_array_equal(of_hidden, np.where(kept, UP, 0))
   window = (np.abs(GATE) > 0.25) & (np.abs(GATE) < 0.75)
   np.testing.assert_allclose(of_theta, -(np.sign(GATE) * UP)[window].sum(), rtol=1e-4)
+
+
+def test_a_threshold_is_the_quantile_of_the_tokens_that_count():
+  size, reached = np.abs(GATE).reshape(5, 8, 30), np.arange(40).reshape(5, 8) % 3 > 0
+  theta = float(threshold(size, reached, 0.8))
+  counted = size[reached]
+  assert theta in counted and (counted < theta).mean() <= 0.8 < (counted <= theta).mean()
+  assert threshold(size, np.zeros((5, 8), bool), 0.8) == 0
+
+
+def test_thresholds_follow_the_zeros_of_the_model_or_of_each_layer():
+  fired, routed = jnp.array([[[1.0, 0, 0, 0]], [[2.0, 2, 0, 0]]]), jnp.full((2, 1), 2.0)  # zeros 7/8 and 1/2
+  params = {"layers": {"ffn": {"gate": 0, "threshold": jnp.array([0.5, 0.0])}}}
+  for per_layer, zeros in ((False, [11 / 16] * 2), (True, [7 / 8, 1 / 2])):
+    moved = thresholds.followed(params, {"ffn": HiddenCounts(fired, routed)}, 0.8, per_layer)["layers"]["ffn"]
+    wanted = np.array([0.5, thresholds.LEAST]) * np.exp(thresholds.RATE * (0.8 - np.array(zeros)))
+    np.testing.assert_allclose(moved["threshold"], wanted, rtol=1e-6)
 
 
 def test_qsparse_keeps_the_largest_and_passes_every_gradient():

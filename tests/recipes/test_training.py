@@ -19,7 +19,7 @@ from tests.train.test_step import batch
 from tsparse import check, sharding
 from tsparse import workdir as workdirs
 from tsparse.errors import UserError
-from tsparse.models.config import model_config
+from tsparse.models.config import ffn_layers, model_config
 from tsparse.models.loss import cross_entropy
 from tsparse.models.transformer import Transformer, ffn_passes, init_parameters
 from tsparse.recipes import guards, start, thresholds, trained
@@ -58,6 +58,7 @@ def one_device():
   return sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
 
 
+MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "num_kv_heads": 2}
 ALL = {
   "sparsity": {"target": 0.9, "per_layer": True, "penalty": "log", "start": "refit,signs", "swap_until": 0.25,
                "dead_after": 2, "revive_every": 3},
@@ -75,9 +76,12 @@ def text(tmp_path_factory):
 
 
 def go(config, workdir):
-  mesh, begins = one_device(), source(config)
+  mesh, teacher, begins = one_device(), source(config), source(config)
+  if config.model.hidden_thresholds:
+    restore = thresholds.restored_with(begins.restore, begins.config, ffn_layers(model_config(config)), 0.0)
+    begins = Source(restore, begins.config)
   with jax.set_mesh(mesh), workdirs.claim(workdir, config):
-    loop.train(config, workdir, mesh, HELD_OUT, Console(quiet=True), "training", begins, None, begins)
+    loop.train(config, workdir, mesh, HELD_OUT, Console(quiet=True), "training", begins, None, teacher)
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   return [{k: v for k, v in line.items() if "seconds" not in k and "_per_second" not in k and "wait" not in k}
           for line in lines if "loss" in line]  # fmt: skip
@@ -102,6 +106,18 @@ def test_a_recipe_resumes_bit_for_bit_the_controller_included(text, tmp_path, mo
   assert all(line["zeros_wanted"][0] <= 0.9 for line in whole) and len(whole[-1]["dead_neurons_per_layer"]) == 2
 
 
+@pytest.mark.parametrize("experts", [{}, MOE], ids=["dense", "experts"])
+def test_thresholds_make_the_asked_share_from_the_first_step_to_the_last(text, tmp_path, experts):
+  sparsity = {"target": 0.8, "moves": "thresholds", "start": "thresholds,refit"}
+  train = {"distill_weight": 1.0, "learning_rate": 0.02}
+  config = small(text, sparsity, train, hidden_thresholds=True, **experts)
+  config.activation = "swiglu"
+  zeros = [line["zero_fraction"] for line in go(config, tmp_path / "run")]
+  np.testing.assert_allclose(zeros, 0.8, atol=0.05)
+  config.sparsity.moves = "penalty"
+  assert prepare(config, one_device()).recipe.controller and recipe_of(plain(config)).zeros == 0
+
+
 @functools.cache
 def compiled(model):
   return jax.jit(model.apply)
@@ -112,9 +128,6 @@ def out(model, params):
   one = batch(0)
   logits = compiled(model)({"params": params}, one["inputs"], one["segment_ids"], one["positions"])[0]
   return np.asarray(logits)[one["segment_ids"] > 0]
-
-
-MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "shared_d_ff": 16, "num_kv_heads": 2}
 
 
 class Steps:
@@ -248,7 +261,10 @@ def test_without_a_recipe_there_is_none():
     ({"sparsity.target": 0.9, "sparsity.swap_until": 0.8}, "starts after swap_until"),
     ({"sparsity.swap_until": 0.5, "activation": "relu2"}, "the way from swiglu is to drelu or relu"),
     ({"sparsity.penalty": "l2"}, "choose of l1, log"),
-    ({"sparsity.start": "sign"}, "choose of signs, refit"),
+    ({"sparsity.start": "sign"}, "choose of signs, thresholds, refit"),
+    ({"sparsity.start": "thresholds", "sparsity.target": 0.9}, "thresholds need config.model.hidden_thresholds"),
+    ({"sparsity.moves": "thresholds", "sparsity.target": 0.9}, "that needs config.model.hidden_thresholds"),
+    ({"sparsity.moves": "up"}, "unknown: penalty or thresholds"),
     ({"sparsity.threshold": 0.1}, "set config.model.hidden_thresholds"),
     ({"sparsity.revive_every": 5}, "say after how many steps"),
     ({"train.distill_weight": 1.5}, "between 0 and 1"),

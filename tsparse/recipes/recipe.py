@@ -16,10 +16,11 @@ from tsparse.activations import activation
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.counts import ModelCounts, model_zero_fraction, zero_fraction_per_layer
-from tsparse.recipes import guards, hidden, penalties, start, swap
+from tsparse.recipes import guards, hidden, penalties, start, swap, thresholds
 from tsparse.recipes.controller import Controller
 
 Array = jax.Array
+THRESHOLDS = "thresholds"  # what a target may move in place of the penalty's weight
 DENSE = "swiglu"  # what is swapped gradually, and turned over
 
 
@@ -40,6 +41,8 @@ class Recipe:
     match_steps: so many first steps train the FFNs alone (match.py).
     dead_after: steps without firing after which a neuron is dead; 0 for no guards.
     revive_every: dead neurons are made anew at every multiple of it; 0 never.
+    zeros: the share that thresholds of the hidden are moved to make; 0 leaves them to training.
+    per_layer: in each layer.
   """
 
   model: ModelConfig
@@ -54,11 +57,13 @@ class Recipe:
   match_steps: int = 0
   dead_after: int = 0
   revive_every: int = 0
+  zeros: float = 0.0
+  per_layer: bool = False
 
   @property
   def on(self) -> bool:
     """Whether the training step is another one than without a recipe."""
-    return bool(self.swap_end or self.kind or self.teacher or self.dead_after)
+    return bool(self.swap_end or self.kind or self.teacher or self.dead_after or self.zeros)
 
   @property
   def teacher(self) -> bool:
@@ -92,6 +97,10 @@ class Recipe:
     if self.dead_after:
       new["idle"] = guards.update(memory["idle"], counts)
     return new or None
+
+  def moved(self, params: Any, counts: ModelCounts) -> Any:
+    """The parameters after a step with these counts, thresholds moved if it is the recipe's to do so."""
+    return thresholds.followed(params, counts, self.zeros, self.per_layer) if self.zeros else params
 
   def metrics(self, step: Array, memory: dict[str, Any] | None) -> dict[str, Array]:
     """What is logged of a step, with the memory before it."""
@@ -130,7 +139,8 @@ def without_start(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
 
 # Field -> its value where it is off. Their meaning: configs/default.py.
 SPARSITY = {
-  "target": 0.0, "target_by": 0.7, "per_layer": False, "penalty": "l1", "penalty_scale": 0.1, "penalty_weight": 0.0,
+  "target": 0.0, "moves": "penalty", "target_by": 0.7, "per_layer": False,
+  "penalty": "l1", "penalty_scale": 0.1, "penalty_weight": 0.0,
   "stages": "", "start": "", "swap_until": 0.0, "dead_after": 0, "revive_every": 0,
   "threshold": 0.0, "calibrate": 0.0,
 }  # fmt: skip
@@ -151,13 +161,14 @@ def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
     if not holds:
       raise UserError(f"config.{sentence}.")
   start.parse(sparsity.start)
+  follow = sparsity.moves == THRESHOLDS
   swap_end, match_steps, by = (
     round(share * train.steps) for share in (sparsity.swap_until, train.match_until, sparsity.target_by)
   )
   kind, stages, controller = "", (), None
   if sparsity.stages:
     stages = penalties.parse_stages(sparsity.stages, train.steps)
-  elif sparsity.target:
+  elif sparsity.target and not follow:
     begin, groups = max(swap_end, match_steps), model.num_layers if sparsity.per_layer else 1
     controller = Controller(sparsity.target, begin, by, sparsity.penalty_weight or FIRST_WEIGHT, groups)
   elif sparsity.penalty_weight:
@@ -177,6 +188,8 @@ def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
     match_steps,
     sparsity.dead_after,
     sparsity.revive_every,
+    sparsity.target if follow else 0.0,
+    sparsity.per_layer,
   )
 
 
@@ -206,10 +219,32 @@ def _requirements(
     not sparsity.swap_until or act in swap.WAYS,
     f"sparsity.swap_until is {sparsity.swap_until} and config.activation {act}: the way from {DENSE} is to {ways}",
   )
-  yield not sparsity.start or act != DENSE, f"sparsity.start is {sparsity.start!r} and config.activation stays {DENSE}"
+  jumps = model.hidden_thresholds
+  yield (
+    not sparsity.start or act != DENSE or jumps,
+    f"sparsity.start is {sparsity.start!r} and config.activation stays {DENSE}",
+  )
+  yield (
+    THRESHOLDS not in start.parse(sparsity.start) or (jumps and sparsity.target and not sparsity.threshold),
+    f"sparsity.start is {sparsity.start!r}: thresholds need config.model.hidden_thresholds and a sparsity.target to be "
+    "made for, and no sparsity.threshold",
+  )
+  yield (
+    sparsity.moves in ("penalty", THRESHOLDS),
+    f"sparsity.moves {sparsity.moves!r} is unknown: penalty or {THRESHOLDS}",
+  )
+  if sparsity.moves == THRESHOLDS:
+    yield (
+      jumps and sparsity.target,
+      f"sparsity.moves is {THRESHOLDS}: that needs config.model.hidden_thresholds and a sparsity.target",
+    )
+    yield (
+      not (sparsity.penalty_weight or sparsity.stages),
+      f"sparsity.moves is {THRESHOLDS} and there is a penalty, by penalty_weight or stages, which nothing would answer",
+    )
   for name in ("target", "stages", "penalty_weight"):
     yield (
-      not sparsity[name] or activation(act).exact_zeros,
+      not sparsity[name] or activation(act).exact_zeros or jumps,
       f"sparsity.{name} is {sparsity[name]} and config.activation {act}, whose hidden is never made zero by a penalty: "
       "set config.activation=drelu",
     )
@@ -225,14 +260,13 @@ def _requirements(
     not sparsity.target or sparsity.target_by > max(sparsity.swap_until, train.match_until),
     f"sparsity.target_by is {sparsity.target_by}: the controller starts after swap_until and match_until and is later",
   )
-  thresholds = model.hidden_thresholds
   yield (
-    thresholds or not sparsity.threshold,
+    jumps or not sparsity.threshold,
     "sparsity.threshold is set and the model has none: set config.model.hidden_thresholds too",
   )
   for name in ("swap_until", "calibrate"):
     yield (
-      not (thresholds and sparsity[name]),
+      not (jumps and sparsity[name]),
       f"sparsity.{name} and model.hidden_thresholds are both set: thresholds are for an activation that is there, and "
       "are learned or calibrated",
     )

@@ -1,4 +1,11 @@
-"""Thresholds of the hidden that a recipe gives a model: in the parameters it starts from, or after its training.
+"""Thresholds of the hidden that a recipe gives a model: in the parameters it starts from, in training, or after it.
+
+In training (`config.sparsity.moves="thresholds"`) all layers' thresholds follow the zeros of each batch,
+
+    log theta += RATE (target - zeros)          zeros of the model, or per_layer those of the layer
+
+which is stochastic approximation of a quantile (Robbins and Monro 1951). They have no gradient, and no penalty is
+needed; with `sparsity.start="thresholds"` the asked share is zero from the first step to the last.
 
 After training (analysis/calibrate.py) each layer gets the threshold that, with those of the others, makes the asked
 share of zeros at the least loss: levels are raised one layer at a time, always where the next one costs least, as TEAL
@@ -15,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.models.config import ModelConfig
+from tsparse.models.counts import HiddenCounts, ModelCounts, mean_zero_fraction, model_zero_fraction
 from tsparse.models.ffn_params import ffn_of, with_ffn
 
 
@@ -56,6 +64,22 @@ def restored_with(
     return put(params, full), tokens
 
   return restored
+
+
+PATHS = r"(layers|first)/ffn/(shared/)?threshold"  # of the thresholds among the parameters
+LEAST = 1e-4  # what a threshold of 0 begins with
+RATE = 0.1  # a quarter or so of the hidden lies within a factor e of the threshold: an error is halved in 30 steps
+
+
+def followed(params: Any, counts: ModelCounts, target: float, per_layer: bool) -> Any:
+  """`params` with the thresholds after a batch of these counts."""
+  one = model_zero_fraction(counts)
+
+  def theta(kind: str, seen: HiddenCounts) -> jax.Array:
+    zeros = mean_zero_fraction(seen, 1) if per_layer else one  # [L] or []
+    return jnp.maximum(ffn_of(params, kind)["threshold"], LEAST) * jnp.exp(RATE * (target - zeros))
+
+  return put(params, {kind: theta(kind, seen) for kind, seen in counts.items()})
 
 
 def greedy(costs: np.ndarray, zeros: np.ndarray, weights: np.ndarray, target: float) -> np.ndarray:

@@ -25,7 +25,7 @@ from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
 from tsparse.progress import ProgressLine, warn
-from tsparse.recipes import guards
+from tsparse.recipes import guards, thresholds
 from tsparse.recipes import start as recipes_start
 from tsparse.recipes.recipe import DENSE, Recipe, recipe_of
 from tsparse.recipes.teacher import Teacher, teacher_of
@@ -99,7 +99,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher:
   recipe = recipe_of(config)
   shapes, logical = abstract_parameters(model)
   shardings = sharding.shardings(mesh, logical)
-  tx = make_optimizer(config.train, shapes)
+  tx = make_optimizer(config.train, shapes, moved=thresholds.PATHS if recipe.zeros else "")
   replicated = NamedSharding(mesh, P())
   target = TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
@@ -197,12 +197,13 @@ def made_ready(
 ) -> Any:
   """The parameters of an init as `config.sparsity.start` has them made ready, by the first rows training will read."""
   steps = recipes_start.parse(config.sparsity.start)
-  if not steps or source.config.activation == config.activation:
+  of_model = run.model.config.activation, run.model.config.hidden_thresholds
+  if not steps or (source.config.activation, source.config.hidden_thresholds) == of_model:
     return params
   batch = first_rows(config, mesh, data_seed(config.seed, tokens_seen), recipes_start.TOKENS)
   before = {name: getattr(source.config, name) for name in ("activation", "hidden_thresholds")}
   old = Transformer(dataclasses.replace(run.model.config, **before))
-  params = recipes_start.start(old, run.model, params, sharding.place(batch, mesh), steps)
+  params = recipes_start.start(old, run.model, params, sharding.place(batch, mesh), steps, config.sparsity.target)
   return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.target.params)
 
 

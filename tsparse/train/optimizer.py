@@ -39,9 +39,13 @@ def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
   )
 
 
-def make_optimizer(train: ml_collections.ConfigDict, params: Any) -> optax.GradientTransformation:
-  """The optimizer of `config.train` for parameters of the structure of `params` (arrays or shapes)."""
-  found = trained.actions(trained.parse(train.rules), params)
+def make_optimizer(train: ml_collections.ConfigDict, params: Any, moved: str = "") -> optax.GradientTransformation:
+  """The optimizer of `config.train` for parameters of the structure of `params` (arrays or shapes).
+
+  It leaves those alone whose paths the regex `moved` matches: something else moves them.
+  """
+  rules = trained.parse(train.rules)
+  found = trained.actions(((moved, 0.0), *rules) if moved else rules, params)
   return trained.only_trained(optax.clip_by_global_norm(train.clip_norm), OPTIMIZERS[train.optimizer](train), found)
 
 

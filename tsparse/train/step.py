@@ -247,6 +247,7 @@ def make_train_step(
       metrics["expert_load_entropy_per_layer"] = expert_load_entropy(sums.counts["ffn"])  # [L]
     memory = None
     if recipe:
+      params = recipe.moved(params, sums.counts)
       metrics |= recipe.metrics(state.step, state.memory)
       memory = recipe.remember(state.memory, sums.counts, state.step)
     if recipe and recipe.dead_after:

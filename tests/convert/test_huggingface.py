@@ -16,7 +16,10 @@ from configs import stories_relufy
 from tsparse import experiment
 from tsparse.convert.convert import convert
 from tsparse.convert.families import export_format, read_config
+from tsparse.convert.huggingface import write_directory
+from tsparse.convert.leaf import Leaf
 from tsparse.convert.model import open_model
+from tsparse.convert.rules import to_theirs
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS, ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -214,6 +217,33 @@ def test_an_exported_sparse_model_gives_our_logits_in_transformers(case, activat
   np.testing.assert_allclose(our_logits(tmp_path / "out", tokens), logits, atol=1e-6)  # and it comes back
   swiglu = dataclasses.replace(sparse.config, activation="swiglu")
   assert np.abs(our_logits(tmp_path / "sparse", tokens, swiglu) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(("activation", "thresholds"), [("swiglu", True), ("topk:0.8", False), ("qsparse:0.8", False)])
+def test_an_exported_model_keeps_its_thresholds_and_what_compares_entries(case, activation, thresholds, tmp_path):
+  import transformers
+
+  save_huggingface(tmp_path / "theirs", *CASES[case])
+  theirs = open_model(tmp_path / "theirs")
+  config = dataclasses.replace(theirs.config, activation=activation, hidden_thresholds=thresholds)
+  leaves, _ = theirs.leaves()
+  if thresholds:
+    paths = ["layers/ffn/threshold", *(["layers/ffn/shared/threshold"] if config.num_shared_experts else [])]
+    values = np.array([0.02, 0.05, 0.03, 0.04][: config.num_layers], np.float32)
+    leaves |= {path: Leaf(values.shape, values.dtype, 0, lambda _: values) for path in paths}
+  fields, rules, files = export_format(config, "float32")
+  (tmp_path / "out").mkdir()
+  write_directory(tmp_path / "out", fields, to_theirs(rules, config, leaves), files)
+  again = open_model(tmp_path / "out")
+  assert (again.config.activation, again.config.hidden_thresholds) == (activation, thresholds)
+  exported = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", trust_remote_code=True, attn_implementation="eager"
+  )
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 20))
+  logits = our_logits(tmp_path / "out", tokens)
+  np.testing.assert_allclose(their_logits(exported, tokens), logits, atol=1e-4, rtol=0)
+  assert np.abs(our_logits(tmp_path / "theirs", tokens) - logits).max() > 0.01
 
 
 def test_an_upcycled_model_has_the_logits_of_the_dense_one(source, tmp_path):

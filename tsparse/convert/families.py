@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tsparse.activations import activation
 from tsparse.convert.rope import read_rope, write_rope
 from tsparse.convert.rules import Rule
 from tsparse.errors import UserError
@@ -130,6 +129,7 @@ PREDICTORS = (
   Rule("layers/ffn/predictor/fc1", LAYER + "mlp.predictor.fc1.weight", "R D -> D R"),
   Rule("layers/ffn/predictor/fc2", LAYER + "mlp.predictor.fc2.weight", "F R -> R F"),
 )
+THRESHOLD = Rule("layers/ffn/threshold", LAYER + "mlp.threshold", "1 -> ")
 
 
 def within(rules: tuple[Rule, ...], before: str, after: str) -> tuple[Rule, ...]:
@@ -247,8 +247,13 @@ def rules_of(family: Family, config: ModelConfig) -> tuple[Rule, ...]:
     rules += BIAS
   if config.predictor_ranks:
     rules += expert_predictors(rules) if config.num_experts else PREDICTORS
+  thresholds = (THRESHOLD,) if config.hidden_thresholds else ()
+  rules += thresholds
+  for shared in [rule for rule in rules if thresholds and rule.ours == "layers/ffn/shared/gate"]:
+    theirs = shared.theirs.replace("gate_proj.weight", "threshold")
+    rules += (THRESHOLD._replace(ours="layers/ffn/shared/threshold", theirs=theirs),)
   if config.dense_layers:
-    dense = [rule for rule in rules if re.match("layers/(?!ffn/)", rule.ours)] + [*FFN]
+    dense = [rule for rule in rules if re.match("layers/(?!ffn/)", rule.ours)] + [*FFN, *thresholds]
     rules += tuple(rule._replace(ours=rule.ours.replace("layers/", "first/")) for rule in dense)
   return rules
 
@@ -297,14 +302,15 @@ def read_config(
     values[ours] = kinds[ours](value)  # 50 as 50.0, which transformers asks for when it reads what we export
   only = ONLY | dict(family.only)
   known = {*names.values(), *NO_MATHS, *family.no_maths, *only, family.hidden_act, "hidden_act", "hidden_act_param"}
-  known |= {"ffn_activation", "predictor_input", "predictor_ranks"} if exported else set()
+  known |= {"ffn_activation", "hidden_thresholds", "predictor_input", "predictor_ranks"} if exported else set()
   for name, value in fields.items():
     if name not in known or value not in only.get(name, (value,)):
       allowed = f"only {only[name][0]!r} is" if name in only else "it is not known here and may change the maths"
       raise UserError(f"config.json: {name} = {value!r} is not supported ({allowed}).")
-  activation = str(fields.get("ffn_activation")) if exported else activation_of(fields, family)
+  act = str(fields.get("ffn_activation")) if exported else activation_of(fields, family)
   rope = read_rope(fields, family.defaults.get("rope_theta", 10_000.0))
-  config = ModelConfig(**values, **family.constants, **rope, activation=activation, dtype="float32")
+  config = ModelConfig(**values, **family.constants, **rope, activation=act, dtype="float32")
+  config = dataclasses.replace(config, hidden_thresholds=exported and bool(fields.get("hidden_thresholds")))
   check_layer_types(fields.get("layer_types"), config)
   predictor_input = fields.get("predictor_input", "") if exported else family.predictor_input
   config = with_predictors(config, predictor_input, shapes)
@@ -347,7 +353,7 @@ MODELING = Path(__file__).with_name("modeling_tsparse.py")
 # Fields of ours that every exported config.json carries, or that say nothing of the architecture.
 FREE = {
   *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "moe_impl", "predictor_ranks",
-  "predictor_input",
+  "predictor_input", "hidden_thresholds",
 }  # fmt: skip
 
 
@@ -382,9 +388,6 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   Models whose activation is some `hidden_act` of a class in transformers become that; the others a subclass in
   `modeling_tsparse.py`, which transformers loads by `trust_remote_code=True`.
   """
-  if config.hidden_thresholds or activation(config.activation).whole_rows:
-    what = "hidden_thresholds" if config.hidden_thresholds else f"the activation {config.activation}"
-    raise UserError(f"--format=hf: the model has {what}, which modeling_tsparse.py does not know; keep it as it is.")
   kind = family_of(config)
   family = FAMILIES[kind]
   names = FIELDS | dict(family.fields)
@@ -394,7 +397,7 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
     fields[names["query_scalar"]] = config.query_scalar or config.head_dim
   fields |= {**write_rope(config), "torch_dtype": dtype}
   stock = {ours: theirs for theirs, ours in family.activations.items()}.get(config.activation)
-  if stock and family.architecture and not config.predictor_ranks:
+  if stock and family.architecture and not (config.predictor_ranks or config.hidden_thresholds):
     head = {"architectures": [family.architecture], "model_type": kind, family.hidden_act: stock}
     return head | fields, rules_of(family, config), {}
   module, name = MODELING.stem, "Tsparse" + kind.replace("_", " ").title().replace(" ", "")
@@ -406,6 +409,8 @@ def export_format(config: ModelConfig, dtype: str) -> tuple[dict[str, Any], tupl
   }
   if config.predictor_ranks:
     head |= {"predictor_ranks": list(config.predictor_ranks), "predictor_input": config.predictor_input}
+  if config.hidden_thresholds:
+    head["hidden_thresholds"] = True
   return head | fields, exported_rules(family, config), {MODELING.name: MODELING.read_text()}
 
 

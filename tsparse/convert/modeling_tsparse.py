@@ -1,7 +1,8 @@
 """Models with FFN activations (and DeepSeek-MoE, and neuron predictors) that transformers has no classes for.
 
 tsparse copies this file beside an exported model; `trust_remote_code=True` loads it. config.json says the activation in
-`ffn_activation`: swiglu, geglu, geglu_tanh, relu, relu2, drelu, shifted_relu:B or fatrelu:T, functions of (gate, up).
+`ffn_activation`: swiglu, geglu, geglu_tanh, relu, relu2, drelu, shifted_relu:B, fatrelu:T, topk:S or qsparse:S,
+functions of (gate, up), and in `hidden_thresholds` whether layers zero what is below a threshold of their own.
 """
 
 import torch
@@ -24,6 +25,15 @@ from transformers import (
   Qwen2MoeForCausalLM,
 )
 
+
+def largest(hidden, sparsity):
+  """[..., F] with the entries largest in size, F - round(sparsity F) of each row, and zeros in the place of others."""
+  width = hidden.shape[-1]
+  count = width - int(torch.round(torch.tensor(sparsity, dtype=torch.float32) * width))
+  kept = hidden.abs().topk(count, dim=-1).indices
+  return torch.zeros_like(hidden).scatter(-1, kept, hidden.gather(-1, kept))
+
+
 ACTIVATIONS = {
   "swiglu": lambda gate, up, _: functional.silu(gate) * up,
   "geglu": lambda gate, up, _: functional.gelu(gate) * up,
@@ -33,6 +43,8 @@ ACTIVATIONS = {
   "drelu": lambda gate, up, _: torch.relu(gate) * torch.relu(up),
   "shifted_relu": lambda gate, up, shift: torch.relu(gate - shift) * up,
   "fatrelu": lambda gate, up, threshold: torch.where(gate >= threshold, gate, 0) * up,
+  "topk": lambda gate, up, sparsity: largest(functional.silu(gate) * up, sparsity),
+  "qsparse": lambda gate, up, sparsity: largest(torch.relu(gate).square() * up, sparsity),
 }
 
 
@@ -50,11 +62,14 @@ class Predictor(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """down(act(gate(x), up(x))), times the mask of a predictor where `config.predictor_ranks` says so."""
+  """down(act(gate(x), up(x))), times the mask of a predictor where `config.predictor_ranks` says so.
+
+  The hidden is 0 below `threshold`, if there is one: the FFN's own, or that of the layer which an expert is given.
+  """
 
   residual = None  # x before its norm, for predictors that read it
 
-  def __init__(self, config, layer, width):
+  def __init__(self, config, layer, width, expert=False):
     super().__init__()
     self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
     self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -63,14 +78,23 @@ class FeedForward(nn.Module):
     self.activation, self.number = ACTIVATIONS[name], float(number or 0)
     ranks = getattr(config, "predictor_ranks", None)
     self.predictor = Predictor(config, width, ranks[layer]) if ranks else None
+    self.threshold = None if expert else threshold_of(config)
 
-  def forward(self, x, residual=None):
+  def forward(self, x, residual=None, threshold=None):
     """[..., D] -> [..., D]."""
+    threshold = self.threshold if threshold is None else threshold
     hidden = self.activation(self.gate_proj(x), self.up_proj(x), self.number)
     if self.predictor is not None:
       residual = self.residual if residual is None else residual
       hidden = hidden * self.predictor(x if residual is None else residual)
+    if threshold is not None:
+      hidden = torch.where(hidden.abs() >= threshold.clamp(min=0), hidden, 0)
     return self.down_proj(hidden)
+
+
+def threshold_of(config):
+  """The parameter of a layer's threshold, None where the model has none."""
+  return nn.Parameter(torch.zeros(1)) if getattr(config, "hidden_thresholds", False) else None
 
 
 def first_of(config, *names):
@@ -90,7 +114,8 @@ class MixtureOfExperts(nn.Module):
     width = first_of(config, "moe_intermediate_size", "intermediate_size")
     experts = first_of(config, "num_experts", "num_local_experts", "n_routed_experts")
     self.gate = nn.Linear(config.hidden_size, experts, bias=False)
-    self.experts = nn.ModuleList(FeedForward(config, layer, width) for _ in range(experts))
+    self.experts = nn.ModuleList(FeedForward(config, layer, width, expert=True) for _ in range(experts))
+    self.threshold = threshold_of(config)
     self.shared_expert = self.shared_experts = None
     if hasattr(config, "shared_expert_intermediate_size"):  # Qwen
       self.shared_expert = FeedForward(config, layer, config.shared_expert_intermediate_size)
@@ -109,7 +134,7 @@ class MixtureOfExperts(nn.Module):
     out = torch.zeros_like(tokens)
     for index, expert in enumerate(self.experts):
       token, choice = torch.where(chosen == index)
-      out.index_add_(0, token, expert(tokens[token], residual[token]) * weights[token, choice, None])
+      out.index_add_(0, token, expert(tokens[token], residual[token], self.threshold) * weights[token, choice, None])
     out = out.view_as(x)
     if self.shared_expert is not None:
       out = out + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

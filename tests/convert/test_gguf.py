@@ -1,5 +1,6 @@
 """GGUF files read back by the gguf package: every tensor bit for bit, every field; and what is refused."""
 
+import dataclasses
 import io
 import json
 import resource
@@ -280,6 +281,15 @@ def test_what_a_file_cannot_say_is_refused(what, tmp_path):
   with pytest.raises(UserError, match=REFUSED[what]):
     convert(tmp_path / "theirs", tmp_path / "out", form, dtype=dtype)
   assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(("case", "plan"), [("llama", gguf.plan_llama_cpp), ("drelu", gguf.plan_powerinfer)])
+def test_thresholds_of_the_hidden_are_refused(case, plan, tmp_path):
+  write(tmp_path / "theirs", case, ranks=RANKS if case == "drelu" else ())
+  model = open_model(tmp_path / "theirs")
+  model = dataclasses.replace(model, config=dataclasses.replace(model.config, hidden_thresholds=True))
+  with pytest.raises(UserError, match="knows nothing of thresholds of the hidden"):
+    plan(model, {}, "")
 
 
 def test_other_families_scalings_and_inputs_are_refused(tmp_path):

@@ -132,8 +132,12 @@ def plan_llama_cpp(model: Model, leaves: Mapping[str, Leaf], dtype: str) -> Plan
   kind = family_of(without_predictors(config))
   if kind not in LLAMA_CPP:
     raise UserError(f"{form} writes models like {', '.join(LLAMA_CPP)}; {model.path} is like {kind}: use --format=hf.")
-  if config.activation != "swiglu" or config.predictor_ranks:
-    what = "neuron predictors" if config.activation == "swiglu" else f"the activation {config.activation}"
+  unknown = {
+    f"the activation {config.activation}": config.activation != "swiglu",
+    "neuron predictors": config.predictor_ranks,
+    "thresholds of the hidden": config.hidden_thresholds,
+  }
+  if what := next((what for what, there in unknown.items() if there), ""):
     raise UserError(
       f"{form}: llama.cpp computes SwiGLU in such models and knows nothing of {what}: use --format=powerinfer (drelu, "
       "relu) or --format=hf."
@@ -189,6 +193,10 @@ def unfit_for_powerinfer(model: Model, dtype: str) -> list[tuple[bool, str]]:
       config.activation not in POWERINFER,
       f"PowerInfer computes {computed}, and the activation of {path} is {config.activation}: give it zeros first "
       f"(experiments/run.py --config=configs/relufy.py:{path})",
+    ),
+    (
+      config.hidden_thresholds,
+      f"PowerInfer knows nothing of thresholds of the hidden, which {path} has: use --format=hf",
     ),
     (
       not config.predictor_ranks,

@@ -24,7 +24,7 @@ def get_config(name=FOR):
     raise UserError(f"configs/relufy_control.py:{name}: there is no configs/{name}.py.") from None
   config = plain(config)
   config.name = f"{config.name}_control"
-  config.activation = "swiglu"
+  config.activation, config.model.hidden_thresholds = "swiglu", False
   config.train.learning_rate /= 4  # what a swapped activation needs only sets a trained model back
   config.phases.order = ""
   if "control" in config:

@@ -20,16 +20,19 @@ SMALL_STEPS = {  # the same tokens in four times as many steps, the learning rat
   "train.batch_size": 4, "train.steps": 6400, "data.lanes": 4, "train.learning_rate": 2e-3, "train.warmup_steps": 200,
   "train.final_learning_rate_fraction": 0.0,
 }  # fmt: skip
-BEST = SMALL_STEPS | {
-  "train.distill_weight": 1.0, "sparsity.start": "signs,refit", "sparsity.penalty": "log", "sparsity.target": 0.87,
-  "sparsity.dead_after": 400,
+TEACHER = SMALL_STEPS | {"train.distill_weight": 1.0, "sparsity.dead_after": 400}
+BEST = TEACHER | {
+  "train.learning_rate": 1e-3, "activation": "swiglu", "model.hidden_thresholds": True,
+  "sparsity.start": "norms,thresholds,refit", "sparsity.moves": "thresholds", "sparsity.target": 0.8,
 }  # fmt: skip
+DRELU = TEACHER | {"sparsity.start": "signs,refit", "sparsity.penalty": "log", "sparsity.target": 0.875}
+RECIPES = {"plain": {}, "best": BEST, "drelu": DRELU}
 CONTROL = {"workdir": "", "train": {"learning_rate": 5e-4}}  # a trained model is only set back by the 2e-3 of the swap
 
 
 def get_config(recipe="plain"):
-  if recipe not in ("plain", "best"):
-    raise UserError(f"configs/stories_relufy.py:{recipe}: the recipes are plain and best.")
+  if recipe not in RECIPES:
+    raise UserError(f"configs/stories_relufy.py:{recipe}: the recipes are {', '.join(RECIPES)}.")
   config = default.get_config("stories_relufy" if recipe == "plain" else f"stories_relufy_{recipe}", "stories260k")
   config.activation = "drelu"
   config.model.remat = "dots"  # so small a model has room for what "full" would compute again
@@ -44,7 +47,7 @@ def get_config(recipe="plain"):
   config.train.seq_len = 256
   config.train.learning_rate = 2e-3
   config.analysis.tokens = 40_000
-  if recipe == "best":
+  if recipe != "plain":
     config.control = ConfigDict(CONTROL)
-    config.update_from_flattened_dict(BEST)
+  config.update_from_flattened_dict(RECIPES[recipe])
   return config

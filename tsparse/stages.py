@@ -81,7 +81,9 @@ def control_of(config: ml_collections.ConfigDict, workdir: Path, init: Path | No
   if init is None:
     raise UserError("config.control: there is no config.init and no config.base that the control could start from.")
   control = recipe.plain(_alone(config, "control"))
-  control.activation = config.base.activation if not config.init else open_model(Path(config.init)).config.activation
+  start = open_model(Path(config.init)).config if config.init else None
+  control.activation = start.activation if start else config.base.activation
+  control.model.hidden_thresholds = start.hidden_thresholds if start else False
   for key, value in config.control.get("train", {}).items():
     _set(control.train, key, value, "config.control.train")
   return Stage("control", control, workdir / "control", init, f"control ({control.activation})", "config.control: ")
@@ -93,6 +95,7 @@ def base_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict 
     return None
   base = recipe.plain(_alone(config, "base"))
   base.activation = config.base.activation
+  base.model.hidden_thresholds = False
   base.train.update(config.base.train)
   return base
 

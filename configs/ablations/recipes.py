@@ -19,12 +19,7 @@ KL = {"train.distill_weight": 0.7}
 OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
-SMALL = OURS | stories_relufy.SMALL_STEPS
-TOPK = stories_relufy.SMALL_STEPS | {"train.distill_weight": 1.0, "sparsity.start": "refit"}
-JUMP = stories_relufy.SMALL_STEPS | {
-  "train.distill_weight": 1.0, "train.learning_rate": 1e-3, "activation": "swiglu", "model.hidden_thresholds": True,
-  "sparsity.start": "thresholds,refit", "sparsity.moves": "thresholds",
-}  # fmt: skip
+TOPK = stories_relufy.TEACHER | {"sparsity.start": "refit"}
 
 RECIPES = {
   # those of papers, and their parts
@@ -53,12 +48,12 @@ RECIPES = {
   "log_80": OURS | {"sparsity.target": 0.81},
   "log_87": OURS | {"sparsity.target": 0.875},
   "log_87_per_layer": OURS | {"sparsity.target": 0.875, "sparsity.per_layer": True},
-  "small_80": SMALL | {"sparsity.target": 0.81},
-  "small_87": SMALL | {"sparsity.target": 0.875},
+  "small_80": stories_relufy.DRELU | {"sparsity.target": 0.81},
+  "small_87": stories_relufy.DRELU,
   "topk_80": TOPK | {"activation": "topk:0.8"},  # zeros by comparison, no penalty: SwiGLU in its largest entries
   "topk_87": TOPK | {"activation": "topk:0.875"},
-  "jump_80": JUMP | {"sparsity.target": 0.8},  # no ReLU: SwiGLU above a threshold for each layer, moved to the target
-  "jump_87": JUMP | {"sparsity.target": 0.875},
+  "jump_80": stories_relufy.BEST,  # no ReLU: SwiGLU above a threshold for each layer, which is moved to the target
+  "jump_87": stories_relufy.BEST | {"sparsity.target": 0.875},
   "log_93": OURS | {"sparsity.target": 0.93},
   "calibrated_87": OURS | {"sparsity.calibrate": 0.875},  # thresholds after training alone
   "learned_thresholds": OURS | {

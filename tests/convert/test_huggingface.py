@@ -563,8 +563,9 @@ def test_the_real_model_has_its_reference_loss(shared_data):
   )
 
 
-def test_the_real_model_is_relufied_exported_and_read_again(shared_data, tmp_path):
-  config = stories_relufy.get_config()
+@pytest.mark.parametrize("recipe", ["plain", "best"])
+def test_the_real_model_is_made_sparse_exported_and_read_again(recipe, shared_data, tmp_path):
+  config = stories_relufy.get_config(recipe)
   config.init = str(shared_data / "stories260k")
   config.data.vocabulary = str(shared_data / "stories260k" / "tokenizer.model")
   config.data.train = str(shared_data / "tinystories" / "train.jsonl")
@@ -572,13 +573,18 @@ def test_the_real_model_is_relufied_exported_and_read_again(shared_data, tmp_pat
   config.train.update({"steps": 30, "warmup_steps": 5, "batch_size": 8})
   config.analysis.update({"tokens": 6000, "batch_size": 8, "levels": (0.5,)})
   analysis = experiment.run(config, tmp_path / "run", Console(quiet=True))
-  base, swapped, recovered = analysis["models"]
+  base, between, trained = analysis["models"]
   assert 1.2 < base["loss"] < 1.5 and base["trained_tokens"] == 0
-  assert swapped["loss"] > 5 and swapped["zero_fraction"]["mean"] == pytest.approx(0.75, abs=0.03)
-  assert recovered["loss"] < swapped["loss"] - 2
+  if recipe == "plain":
+    assert between["loss"] > 5 and between["zero_fraction"]["mean"] == pytest.approx(0.75, abs=0.03)
+    assert trained["loss"] < between["loss"] - 2
+  else:
+    assert (between["name"], between["zero_fraction"]["mean"]) == ("control", 0)
+    assert between["loss"] < trained["loss"] < 1.9 and trained["zero_fraction"]["mean"] == pytest.approx(0.8, abs=0.02)
 
   convert(tmp_path / "run", tmp_path / "out", "hf")
   assert (tmp_path / "out" / "tokenizer.model").exists()
   again = open_model(tmp_path / "out")
-  assert again.config.activation == "drelu"
+  made = {"plain": ("drelu", False), "best": ("swiglu", True)}
+  assert (again.config.activation, again.config.hidden_thresholds) == made[recipe]
   jax.tree.map(np.testing.assert_array_equal, parameters(again), parameters(open_model(tmp_path / "run")))

@@ -200,13 +200,15 @@ def test_what_the_rules_freeze_stays_and_is_shared_with_the_teacher():
   assert (updates["final_norm"] == -0.25).all() and (updates["embed"] == -1).all()
 
 
-def test_turning_neurons_over_changes_nothing_of_swiglu_and_refitting_helps_drelu():
+def test_turning_and_scaling_neurons_change_nothing_of_swiglu_and_refitting_helps_drelu():
   config = small(**MOE, moe_impl="dense", shared_gate=True)
   begins = source(config)
   old, new = Transformer(begins.config), Transformer(model_config(config))
   params, one = begins.restore(None)[0], batch(0)
   wanted, swapped = out(old, params), out(new, params)
-  turned = start.start(old, new, jax.tree.map(jnp.copy, params), one, ("signs",))
+  turned = start.start(old, new, jax.tree.map(jnp.copy, params), one, ("signs", "norms"))
+  lengths = jnp.linalg.norm(turned["layers"]["ffn"]["down"], axis=-1)  # [L, E, F]
+  np.testing.assert_allclose(lengths, jnp.broadcast_to(lengths[..., :1], lengths.shape), rtol=1e-4)
   np.testing.assert_allclose(out(old, turned), wanted, atol=2e-5)
   assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (turned, params)), strict=True))
   fitted = out(new, start.start(old, new, params, one, ("signs", "refit")))

@@ -5,9 +5,11 @@ of the SwiGLU model; dReLU keeps the half where up is positive, and of the two h
 
     E[max(0, gate)^2 max(0, +-up)^2]
 
-is chosen. `thresholds` gives each layer (models/threshold.py) the largest one that leaves at most the share
-`sparsity.target` of its hidden below it; with experts the mean of theirs, weighted by their tokens. `refit` then solves
-for `down` by least squares, so that the new hidden h gives what the old FFN gave, y:
+is chosen. `norms` scales neurons, (up, down) -> (c up, down / c), which changes nothing either, so that the rows of
+`down` are of one length: an entry of the hidden is then as large as what it adds to the output. `thresholds` gives each
+layer (models/threshold.py) the largest one that leaves at most the share `sparsity.target` of its hidden below it; with
+experts the mean of theirs, weighted by their tokens. `refit` then solves for `down` by least squares, so that the new
+hidden h gives what the old FFN gave, y:
 
     down' = (E[h h^T] + RIDGE tr(E[h h^T]) / F I)^-1 E[h y^T]
 
@@ -33,7 +35,7 @@ from tsparse.models.transformer import Transformer, ffn_passes
 
 Array = jax.Array
 
-STEPS = ("signs", "thresholds", "refit")
+STEPS = ("signs", "norms", "thresholds", "refit")
 NAMES = ("gate", "up", "down")
 RIDGE = 1e-3
 TOKENS = 32_768
@@ -115,6 +117,10 @@ def _one(
   if "signs" in steps:
     sign = jnp.where(energy(g, -u) > energy(g, u), -1.0, 1.0)
     u, up, down = u * sign, up * sign, down * sign[:, None]
+  if "norms" in steps:
+    lengths = jnp.linalg.norm(down, axis=1)
+    scale = jnp.where(lengths > 0, lengths / jnp.mean(lengths), 1)
+    u, up, down = u * scale, up * scale, down / scale[:, None]
   hidden, found = activation(new.config.activation)(g, u), {}
   if "thresholds" in steps:
     found["threshold"] = threshold(jnp.abs(hidden), reached, zeros)

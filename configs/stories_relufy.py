@@ -22,7 +22,8 @@ SMALL_STEPS = {  # the same tokens in four times as many steps, the learning rat
 }  # fmt: skip
 TEACHER = SMALL_STEPS | {"train.distill_weight": 1.0, "sparsity.dead_after": 400}
 BEST = TEACHER | {
-  "train.learning_rate": 1e-3, "train.distill_temperature": 2.0, "activation": "swiglu", "model.hidden_thresholds": True,
+  "train.learning_rate": 1e-3, "train.distill_temperature": 2.0,
+  "activation": "swiglu", "model.hidden_thresholds": True,
   "sparsity.start": "norms,thresholds,refit", "sparsity.moves": "thresholds", "sparsity.target": 0.8,
 }  # fmt: skip
 DRELU = TEACHER | {"sparsity.start": "signs,refit", "sparsity.penalty": "log", "sparsity.target": 0.875}

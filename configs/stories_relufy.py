@@ -5,11 +5,11 @@
     --config.data.train=tinystories/train.jsonl --config.data.validation=tinystories/valid_v2.jsonl
 
 HF_DIR is a Hugging Face directory of karpathy/tinyllamas' stories260K. Without `:best` it is the plain swap of Turbo
-Sparse to dReLU: after 1600 steps 1.519 with 70.9 % zeros, 0.149 above a control that keeps SwiGLU. The others train that
-control too and report the loss above it, with the base as the teacher, `down` refitted before the first step, and steps
-of 4 rows. `:best` keeps SwiGLU above thresholds that move to 80.1 % zeros and loses 0.077; `:drelu` turns neurons over
-and has a controller move a log-sum penalty to 87.7 % zeros, and loses 0.147. docs/recipes.md says how they were chosen.
-End-of-text tokens, which this model never saw, are not scored.
+Sparse to dReLU: after 1600 steps 1.519 with 70.9 % zeros, 0.149 above a control that keeps SwiGLU. The others train
+that control too and report the loss above it, with the base as the teacher, `down` refitted before the first step, and
+steps of 4 rows. `:best` keeps SwiGLU above thresholds that move to 80.1 % zeros and loses 0.077; `:drelu` turns neurons
+over and has a controller move a log-sum penalty to 87.7 % zeros, and loses 0.147. docs/recipes.md says how they were
+chosen. End-of-text tokens, which this model never saw, are not scored.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@
   python experiments/sweep.py --config=configs/ablations/recipes.py OVERRIDES
 
 OVERRIDES are those of configs/stories_relufy.py (init, data, vocabulary), and --config.train.steps=300 in both where
-it is to take an hour on 2 cores (with --parallel=2; small_80 and small_87 then read a fourth of what the others read).
+it is to take an hour on 2 cores (with --parallel=2; rows of 4 rows a step, small, topk and jump, then read a fourth of
+what the others read).
 Each name is a row of RECIPES, what it changes of the plain swap of Turbo Sparse; --sweep="config=plain,log_87" runs
 some of them. Two methods need no training and no row: CATS and TEAL are curves of the control in the report of plain
 (config.analysis.thresholds). What came out: docs/recipes.md.

@@ -263,7 +263,7 @@ def test_without_a_recipe_there_is_none():
     ({"sparsity.target": 0.9, "sparsity.swap_until": 0.8}, "starts after swap_until"),
     ({"sparsity.swap_until": 0.5, "activation": "relu2"}, "the way from swiglu is to drelu or relu"),
     ({"sparsity.penalty": "l2"}, "choose of l1, log"),
-    ({"sparsity.start": "sign"}, "choose of signs, thresholds, refit"),
+    ({"sparsity.start": "sign"}, "choose of signs, norms, thresholds, refit"),
     ({"sparsity.start": "thresholds", "sparsity.target": 0.9}, "thresholds need config.model.hidden_thresholds"),
     ({"sparsity.moves": "thresholds", "sparsity.target": 0.9}, "that needs config.model.hidden_thresholds"),
     ({"sparsity.moves": "up"}, "unknown: penalty or thresholds"),

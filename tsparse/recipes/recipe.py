@@ -160,7 +160,6 @@ def recipe_of(config: ml_collections.ConfigDict) -> Recipe:
   for holds, sentence in _requirements(sparsity, train, model):
     if not holds:
       raise UserError(f"config.{sentence}.")
-  start.parse(sparsity.start)
   follow = sparsity.moves == THRESHOLDS
   swap_end, match_steps, by = (
     round(share * train.steps) for share in (sparsity.swap_until, train.match_until, sparsity.target_by)

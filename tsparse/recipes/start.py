@@ -87,17 +87,13 @@ def start(
       found, tokens = jax.lax.map(expert, (numbers, {name: ffn[name] for name in NAMES}))
       if "threshold" in found:
         found["threshold"] = found["threshold"] @ (tokens / jnp.maximum(tokens.sum(), 1))
-    ffn = _with(ffn, found)
+    ffn |= found
     if "shared" in ffn:
-      ffn |= {"shared": _with(ffn["shared"], changed(ffn["shared"], seen.x, valid))}
+      ffn |= {"shared": ffn["shared"] | changed(ffn["shared"], seen.x, valid)}
     return None, ffn
 
   stacks = {name: jax.lax.scan(layer, None, (params[name]["ffn"], seen))[1] for name, seen in passes.items()}
   return params | {name: params[name] | {"ffn": ffn} for name, ffn in stacks.items()}
-
-
-def _with(ffn: Mapping[str, Any], found: Mapping[str, Array]) -> dict[str, Any]:
-  return ffn | {name: found[name] for name in ffn if name in found}
 
 
 def _one(

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from tsparse import files
-from tsparse.analysis import charts, report, tables
+from tsparse.analysis import charts, plots, report, tables
 from tsparse.analysis.analyze import DEFINITIONS
 
 RUN = {
@@ -362,3 +362,18 @@ def test_a_union_in_which_nothing_fires_is_shown_too():
   (table,) = tables.unions([{"name": "dead", "union": {"batch": points}}])
   assert table.rows == [["1", "100.0%", "∞"]]
   assert not any(view.data for view in charts.union_speedup([{"name": "dead", "union": {"batch": points}}]).views)
+
+
+@pytest.mark.parametrize(("kind", "points"), [("lines", [[0, 0.5], [1, 1.0]]), ("points", [[0.8, 0.5]])])
+def test_the_names_of_many_models_neither_touch_nor_leave_their_picture(kind, points):
+  from matplotlib.text import Text
+
+  names = [f"model_{i}" for i in range(30 if kind == "lines" else 8)]
+  series = [charts.Series(name, points) for name in names]
+  view = charts.View("", charts.Axis("x"), charts.Axis("y", limits=(0, 1)), series)
+  figure = plots.draw(charts.Chart("key", "title", kind, [view], ()), names)
+  figure.draw_without_rendering()
+  boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]
+  assert len(boxes) == len(names)
+  assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+  assert all(figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in boxes)

@@ -77,7 +77,7 @@ def test_a_sweep_with_controls_shows_what_the_zeros_of_each_run_cost(tmp_path):
   states = {run.name: (run.state, "") for run in rows}
   table = gather.table(rows, found, states)
   column = table.columns.index("loss above control")
-  assert [row[column] for row in table.rows] == ["+0.1500 ±0.0150", "+0.1000 ±0.0150", ""]
+  assert [row[column] for row in table.rows] == ["+0.150 ±0.015", "+0.100 ±0.015", ""]
   assert all(len(row) == len(table.columns) for row in table.rows)
   heading, *lines = gather.csv_rows(rows, found, states)
   costs = [line[heading.index("loss_above_control")] for line in lines]
@@ -90,6 +90,14 @@ def test_a_sweep_with_controls_shows_what_the_zeros_of_each_run_cost(tmp_path):
   figure = draw_beside([chart], [["plain", "kl"]], height=5, width=9)
   assert {text.get_text() for text in figure.axes[0].texts} == {"plain", "kl"}
   assert gather.frontier([model("plain", 1.5, 0.7)]) is None
+
+
+def test_runs_that_have_read_more_or_less_than_the_others_are_named():
+  read = {"a": 100, "b": 100, "c": 100, "d": 100, "e": 25}
+  models = [model(name, 1.5, 0.7, trained_tokens=n, gap=(0.1, None)) for name, n in read.items()]
+  assert [s.model for s in gather.frontier(models).views[0].data] == ["a", "b", "c", "d", "e (25 tokens)"]
+  assert tables.notes({"models": models})[-1].startswith("Tokens seen differ (e 25, the others 100)")
+  assert tables.notes({"models": models[2:]})[-1].startswith("Tokens seen differ (c 100, d 100, e 25)")
 
 
 def test_the_trace_is_drawn_by_layer_where_layers_are_steered_alone(tmp_path):

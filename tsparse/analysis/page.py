@@ -54,12 +54,13 @@ def page(analysis: dict, run: dict, charts: list[Chart]) -> str:
   others = {term: text for term, text in definitions.items() if term not in used and text}
   if others:
     sections.append(f"<section>\n<h2>Other definitions</h2>\n{_definitions(others, False)}\n</section>")
+  names = [m["name"] for m in analysis["models"]]
   return Template((FOLDER / "page.html").read_text()).substitute(
-    title=html.escape(str(run.get("config") or ", ".join(m["name"] for m in analysis["models"]))),
+    title=html.escape(str(run.get("config") or (", ".join(names) if len(names) < 7 else f"{len(names)} models"))),
     sections="\n".join(sections),
     facts=_list({key: _fact(key, value) for key, value in run.items() if value is not None}),
     data=_json({
-      "models": [m["name"] for m in analysis["models"]],
+      "models": names,
       "colours": COLOURS,
       "charts": {chart.key: _plain(chart) for chart in charts},
     }),

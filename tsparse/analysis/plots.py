@@ -33,13 +33,16 @@ def draw(chart: Chart, models: list[str]):
   return draw_beside([chart], [models])
 
 
-def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 3.9, width: float = 6.2):
-  """A Figure of the first views of several charts, side by side, each with names of its own and so many inches big."""
+def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 0.0, width: float = 6.2):
+  """A Figure of the first views of several charts, side by side, each with names of its own and so many inches big.
+
+  A height of 0 is what the names need that stand one under the other.
+  """
   from matplotlib import rc_context
   from matplotlib.figure import Figure
 
   with rc_context(STYLE):
-    figure = Figure(figsize=(width * len(charts), height), layout="constrained")
+    figure = Figure(figsize=(width * len(charts), height or max(map(_height, charts))), layout="constrained")
     for axes, chart, names in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, models, strict=True):
       view = chart.views[0]
       axes.set_title(chart.title + (f": {view.name}" if view.name else ""))
@@ -57,6 +60,11 @@ def png(figure) -> bytes:
   with rc_context(STYLE):
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
   return buffer.getvalue()
+
+
+def _height(chart: Chart) -> float:
+  named = {shown.model for shown in chart.views[0].data} if chart.kind in ("lines", "intervals") else ()
+  return max(3.9, 1.6 + 0.32 * len(named))
 
 
 def _lines(axes, view: View, models: list[str]):
@@ -124,6 +132,8 @@ def _heat(axes, view: View, models: list[str]):
 
 
 def _points(axes, view: View, models: list[str]):
+  from matplotlib.text import Text
+
   axes.grid(color=GRID, alpha=0.25, lw=0.7)
   colours = [COLOURS[models.index(series.model) % 5] for series in view.data]
   xs, ys = zip(*(series.points[0] for series in view.data), strict=True)
@@ -141,7 +151,8 @@ def _points(axes, view: View, models: list[str]):
         series.model, series.points[0], (dx, dy), textcoords="offset points", color=colour, ha=align, va="center",
         fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 3},
       )  # fmt: skip
-      box = label.get_window_extent().padded(scale)
+      label.get_window_extent()  # puts it in its place
+      box = Text.get_window_extent(label).padded(scale)  # without its line
       hit = sum(box.overlaps(other) for other in taken) + sum(box.padded(4 * scale).contains(*each) for each in spots)
       if best is None or hit < best[0]:
         if best:
@@ -194,14 +205,19 @@ def _scale(axis, settings: Axis, values: list[float]):
 
 
 def _label_ends(axes, ends, gap=15):
-  """Writes each name to the right of its line's end, pushed up where two would touch. Call when the limits are set."""
+  """Writes each name to the right of its line's end, moved where two would touch. Call when the limits are set."""
   figure = axes.figure
   figure.draw_without_rendering()
   to_points = lambda x, y: axes.transData.transform((x, y)) * 72 / figure.dpi  # noqa: E731
-  below = -math.inf
-  for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-    height = to_points(x, y)[1]
-    below = max(height, below + gap)
+  ends = sorted(ends, key=lambda end: end[1])
+  heights = [to_points(x, y)[1] for x, y, *_ in ends]
+  places, below, above = heights.copy(), -math.inf, axes.bbox.y1 * 72 / figure.dpi
+  for i in range(len(places)):  # up, from the lowest on
+    below = places[i] = max(places[i], below + gap)
+  for i in reversed(range(len(places))):  # and down again where they left the axes
+    places[i] = min(places[i], above)
+    above = places[i] - gap
+  for (x, y, name, colour), height, place in zip(ends, heights, places, strict=True):
     axes.annotate(
-      name, (x, y), (10, below - height), textcoords="offset points", color=colour, weight="bold", va="center"
+      name, (x, y), (10, place - height), textcoords="offset points", color=colour, weight="bold", va="center"
     )

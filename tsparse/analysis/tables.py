@@ -3,6 +3,7 @@
 Keys of the analysis that are absent leave their table out.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -334,7 +335,10 @@ def notes(analysis: dict) -> list[str]:
   result += [f"Alarm: {sentence}" for m in models for sentence in alarms(m)]
   seen = {m["name"]: m.get("trained_tokens") for m in models}
   if len(set(seen.values())) > 1:
-    counts = ", ".join(f"{name} {count(n)}" for name, n in seen.items())
+    most, times = Counter(seen.values()).most_common(1)[0]
+    named = {name: n for name, n in seen.items() if times < 4 or n != most}
+    counts = ", ".join(f"{name} {count(n)}" for name, n in named.items())
+    counts += f", the others {count(most)}" * (len(named) < len(seen))
     result.append(f"Tokens seen differ ({counts}): part of a lower loss can be plain further training.")
   return result
 

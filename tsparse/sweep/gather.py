@@ -6,6 +6,7 @@ A run counts by its last model: the recovered one of a ReLUfication, that of the
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ def gather(runs: Sequence[Run], folder: Path, states: Mapping[str, tuple[str, st
   for note in notes({"models": last}):
     console.print(Text(note))
   drawn = list(charts(done, last))
-  height = max(3.9, 1.6 + 0.32 * len(last))
-  files.write(folder / "sweep.png", png(draw_beside(*zip(*drawn, strict=True), height)))
+  files.write(folder / "sweep.png", png(draw_beside(*zip(*drawn, strict=True))))
   definitions = json.loads((done[0].workdir / "report" / "analysis.json").read_text())["definitions"]
   facts = {"sweep": str(folder), "runs": {run.title: str(run.workdir) for run in done}}
   write_report({"models": last, "definitions": definitions}, facts, folder / "report")
   made = [("results", "sweep.csv"), ("picture", "sweep.png"), ("report", "report/report.html")]
   if chart := frontier(last):
-    names = [m["name"] for m in last]
+    names = [series.model for series in chart.views[0].data]
     files.write(folder / "frontier.png", png(draw_beside([chart], [names], height=5.8, width=9)))
     made.insert(2, ("frontier", "frontier.png"))
   for what, name in made:
@@ -56,28 +56,30 @@ def gather(runs: Sequence[Run], folder: Path, states: Mapping[str, tuple[str, st
 def table(runs: Sequence[Run], models: Mapping[str, list[dict]], states: Mapping[str, tuple[str, str]]) -> Table:
   """A row for each run: what differs, and its last model."""
   rows, compared = [], any("gap" in found[-1] for found in models.values())
+  unfinished = any(state != "done" for state, _ in states.values())
   for run in runs:
-    cells = [*map(str, run.values.values()), states[run.name][0]]
+    cells = [*map(str, run.values.values()), *[states[run.name][0]] * unfinished]
     if run.name in models:
       m = models[run.name][-1]
       parameters = m.get("parameters") or {}
       cells += [number(m["loss"]), perplexity(m["perplexity"]), percent(m["zero_fraction"]["mean"])]
       cells += [above_control(m)] * compared
       cells += [count(parameters.get("activated"), parameters.get("total")), count(m.get("trained_tokens"))]
-    rows.append(cells + [""] * (len(run.values) + 6 + compared - len(cells)))
-  short = list(labels(list(runs[0].values)).values())
+    rows.append(cells)
+  short = [*labels(list(runs[0].values)).values(), *["state"] * unfinished]
   cost = ["loss above control"] * compared
-  columns = [*short, "state", "loss", "perplexity", "zeros", *cost, "activated parameters", "tokens seen"]
+  columns = [*short, "loss", "perplexity", "zeros", *cost, "activated parameters", "tokens seen"]
+  rows = [cells + [""] * (len(columns) - len(cells)) for cells in rows]
   reasons = tuple(f"{name} {state}: {why}" for name, (state, why) in states.items() if why)
-  return Table("The runs, nothing masked", columns, rows, len(short) + 1, key="sweep", notes=reasons)
+  return Table("The runs, nothing masked", columns, rows, len(short), key="sweep", notes=reasons)
 
 
 def above_control(model: dict[str, Any]) -> str:
-  """The gap with half of its interval, "+0.0812 +-0.0040", or without where there is none."""
+  """The gap with half of its interval, "+0.081 +-0.004", or without where there is none."""
   difference, bounds = model.get("gap") or (None, None)
   if difference is None:
     return ""
-  return f"{difference:+.4f}" + (f" ±{(bounds[1] - bounds[0]) / 2:.4f}" if bounds else "")
+  return f"{difference:+.3f}" + (f" ±{(bounds[1] - bounds[0]) / 2:.3f}" if bounds else "")
 
 
 def csv_rows(
@@ -144,8 +146,15 @@ def charts(runs: Sequence[Run], models: Sequence[dict]) -> Iterator[tuple[Chart,
 
 
 def frontier(models: Sequence[dict]) -> Chart | None:
-  """Loss above the control by zeros, a point for each run; None where fewer than two have a control."""
-  points = [Series(m["name"], [[m["zero_fraction"]["mean"], m["gap"][0]]]) for m in models if "gap" in m]
+  """Loss above the control by zeros, a point for each run; None where fewer than two have a control.
+
+  Runs that have read another number of tokens than most say how many.
+  """
+  models = [m for m in models if "gap" in m]
+  seen = Counter(m.get("trained_tokens") for m in models)
+  most = max(seen, key=seen.get, default=None)
+  others = {m["name"]: f" ({count(m.get('trained_tokens'))} tokens)" for m in models if m.get("trained_tokens") != most}
+  points = [Series(m["name"] + others.get(m["name"], ""), [[m["zero_fraction"]["mean"], m["gap"][0]]]) for m in models]
   losses = [0.0, *(series.points[0][1] for series in points)]
   limits = 1.1 * min(losses), 1.1 * max(losses)
   view = View("", ZEROS, Axis("loss above the control, nats per token", limits=limits), points)

@@ -302,9 +302,13 @@ def test_what_cannot_be_trained_is_said_and_nothing_is_written(trained, tmp_path
   folder = trained[0]
   config, params, _ = model_of("dense")
   store(tmp_path / "swiglu", dataclasses.replace(config, activation="swiglu"), params)
+  ffn = params["layers"]["ffn"] | {"threshold": jnp.zeros([config.num_layers])}
+  jumping = params | {"layers": params["layers"] | {"ffn": ffn}}
+  store(tmp_path / "jumping", dataclasses.replace(config, hidden_thresholds=True), jumping)
   text, model = str(folder / "text.jsonl"), folder / "model"
   for path, data, settings, sentence in (
     (tmp_path / "swiglu", text, {}, "exactly zero nowhere"),
+    (tmp_path / "jumping", text, {}, "has hidden_thresholds, .*decoded densely"),
     (model, "nothing.jsonl", {}, "No such file"),
     (model, text, {"source": "norm"}, "--input=norm is unknown"),
     (model, text, {"recall": 1.0}, "--recall=1.0 is not a share"),

@@ -62,7 +62,7 @@ def score(
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
   hidden, counts = model.apply({"params": params}, *inputs, intervention, logits=False)  # [B, T, D]
-  head, cap = head_of(model, params).T, model.config.final_softcap  # [V, D]
+  head, cap = head_of(model, params), model.config.final_softcap  # [D, V]
 
   def of_block(head: Array, x: Array, targets: Array) -> tuple[Array, Array]:
     logits = block_logits(head, x, cap)

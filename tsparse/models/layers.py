@@ -39,7 +39,7 @@ def project(pattern: str, x: Array, weight: Array, dtype: jnp.dtype | None = Non
 
   Args:
     pattern: "b" and "t" are the first letters of x and of the result, and the letters which x and the weight share are
-      the weight's first or its last ones ("btd,vd->btv").
+      the weight's first ones.
     x: [B, T, ...].
     weight: in the dtype of x.
     dtype: of the sums and of the result; that of x if None.
@@ -59,10 +59,9 @@ def _project_forward(pattern: str, dtype: jnp.dtype, *saved: Array) -> tuple[Arr
 
 def _project_backward(pattern: str, _, saved: tuple[Array, ...], dout: Array) -> tuple[Array, Array]:
   x, weight = saved
-  of_x, of_weight, of_out = pattern.replace("->", ",").split(",")
+  _, of_weight, of_out = pattern.replace("->", ",").split(",")
   dx = _contracted(of_out, dout, of_weight, weight, None)
-  left, right = (x, dout) if of_weight[0] in of_x else (dout, x)
-  left, right = (rows.reshape(rows.shape[0] * rows.shape[1], -1) for rows in (left, right))
+  left, right = (rows.reshape(rows.shape[0] * rows.shape[1], -1) for rows in (x, dout))
   wide = left.shape[1] > right.shape[1]
   product = jax.lax.optimization_barrier(right.T @ left).T if wide else left.T @ right
   return dx.astype(x.dtype), product.reshape(weight.shape).astype(weight.dtype)

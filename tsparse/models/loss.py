@@ -50,8 +50,7 @@ def head_cross_entropy(hidden: Array, head: Array, targets: Array, cap: float = 
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return log_z - logit_of(logits, target), log_z
 
-  # [V, D]: CPUs multiply tall matrices faster than wide ones where the gradient is taken
-  return by_blocks(block, head.T, (hidden, "BTD"), (targets, "BT"))
+  return by_blocks(block, head, (hidden, "BTD"), (targets, "BT"))
 
 
 def by_blocks(block: Callable, heads: Any, *arrays: tuple[Array, str], width: int | None = None) -> Any:
@@ -80,8 +79,8 @@ def by_blocks(block: Callable, heads: Any, *arrays: tuple[Array, str], width: in
 
 
 def block_logits(head: Array, x: Array, cap: float) -> Array:
-  """softcap(x head), [B, T', V] float32, of a block x [B, T', D] and a head [V, D]."""
-  logits = project("btd,vd->btv", x, head.astype(x.dtype), jnp.float32)
+  """softcap(x head), [B, T', V] float32, of a block x [B, T', D] and a head [D, V]."""
+  logits = project("btd,dv->btv", x, head.astype(x.dtype), jnp.float32)
   return constrain(softcap(logits, cap), "BTV")
 
 

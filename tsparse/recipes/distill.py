@@ -72,9 +72,9 @@ def distilled_cross_entropy(
 
   read = (student.hidden, "BTD"), (teacher.hidden, "BTD"), (targets, "BT")
   if not top_k:
-    return by_blocks(whole, (student.head.T, teacher.head.T), *read)
-  log_p, index = jax.lax.stop_gradient(by_blocks(likeliest, teacher.head.T, read[1]))  # [B, T, k]
-  return by_blocks(coarse, student.head.T, read[0], (log_p, "BTL"), (index, "BTL"), read[2])
+    return by_blocks(whole, (student.head, teacher.head), *read)
+  log_p, index = jax.lax.stop_gradient(by_blocks(likeliest, teacher.head, read[1]))  # [B, T, k]
+  return by_blocks(coarse, student.head, read[0], (log_p, "BTL"), (index, "BTL"), read[2])
 
 
 def _log_rest(log_p: Array) -> Array:

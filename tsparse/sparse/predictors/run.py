@@ -25,6 +25,7 @@ from tsparse.models import counts
 from tsparse.models.config import ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
+from tsparse.sparse.generate import dense_for
 from tsparse.sparse.predictors import fit, quality, report, stored
 from tsparse.train import checkpoint
 
@@ -251,6 +252,11 @@ def _trainable(model: Model) -> ModelConfig:
     raise UserError(
       f"{model.path} has the activation {config.activation}, whose hidden is exactly zero nowhere, so that there is "
       "nothing to predict: make it dReLU first (configs/relufy.py)."
+    )
+  if reason := dense_for(config):
+    raise UserError(
+      f"{model.path} has {reason}, which the kernels that read predictors do not know: it is decoded densely, and "
+      "predictors would not make it faster."
     )
   if config.dense_layers or config.num_shared_experts:
     raise UserError(

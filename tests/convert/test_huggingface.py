@@ -579,7 +579,7 @@ def test_the_real_model_is_made_sparse_exported_and_read_again(recipe, shared_da
     assert between["loss"] > 5 and between["zero_fraction"]["mean"] == pytest.approx(0.75, abs=0.03)
     assert trained["loss"] < between["loss"] - 2
   else:
-    assert (between["name"], between["zero_fraction"]["mean"]) == ("control", 0)
+    assert between["name"] == "control" and between["zero_fraction"]["mean"] < 1e-6  # one in millions is 0 by chance
     assert between["loss"] < trained["loss"] < 1.9 and trained["zero_fraction"]["mean"] == pytest.approx(0.8, abs=0.02)
 
   convert(tmp_path / "run", tmp_path / "out", "hf")

@@ -17,10 +17,11 @@ from configs import stories_relufy
 from tsparse.errors import UserError
 
 KL = {"train.distill_weight": 0.7}
-KL1 = {"train.distill_weight": 1.0, "sparsity.start": "refit"}
+TOPK = {"train.distill_weight": 1.0, "sparsity.start": "refit"}
 OURS = {
   "train.distill_weight": 1.0, "train.learning_rate": 4e-3, "sparsity.start": "signs,refit", "sparsity.penalty": "log",
 }  # fmt: skip
+# `:best` in the batches and with the schedule of the control
 JUMP = {name: value for name, value in stories_relufy.BEST.items() if name not in stories_relufy.SMALL_STEPS}
 
 RECIPES = {
@@ -50,8 +51,8 @@ RECIPES = {
   "log_80": OURS | {"sparsity.target": 0.81},
   "log_87": OURS | {"sparsity.target": 0.875},
   "log_87_per_layer": OURS | {"sparsity.target": 0.875, "sparsity.per_layer": True},
-  "topk_80": KL1 | {"activation": "topk:0.8"},  # zeros by comparison, no penalty: SwiGLU in its largest entries
-  "topk_87": KL1 | {"activation": "topk:0.875"},
+  "topk_80": TOPK | {"activation": "topk:0.8"},  # zeros by comparison, no penalty: SwiGLU in its largest entries
+  "topk_87": TOPK | {"activation": "topk:0.875"},
   "jump_80": JUMP,  # no ReLU: SwiGLU above a threshold for each layer, which is moved to the target
   "jump_87": JUMP | {"sparsity.target": 0.875},
   "small_80": stories_relufy.DRELU | {"sparsity.target": 0.81},  # the same tokens in four times as many steps

@@ -33,10 +33,10 @@ def draw(chart: Chart, models: list[str]):
   return draw_beside([chart], [models])
 
 
-def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float = 0.0, width: float = 6.2):
+def draw_beside(charts: Sequence[Chart], models: Sequence[list[str]], height: float | None = None, width: float = 6.2):
   """A Figure of the first views of several charts, side by side, each with names of its own and so many inches big.
 
-  A height of 0 is what the names need that stand one under the other.
+  Without a height it is what the names need that stand one under the other.
   """
   from matplotlib import rc_context
   from matplotlib.figure import Figure

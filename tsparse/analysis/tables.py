@@ -4,7 +4,7 @@ Keys of the analysis that are absent leave their table out.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tsparse import files
@@ -333,14 +333,20 @@ def notes(analysis: dict) -> list[str]:
     named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())
     result.append(f"Vocabularies differ ({named}): losses and perplexities are per token of each and do not compare.")
   result += [f"Alarm: {sentence}" for m in models for sentence in alarms(m)]
-  seen = {m["name"]: m.get("trained_tokens") for m in models}
-  if len(set(seen.values())) > 1:
-    most, times = Counter(seen.values()).most_common(1)[0]
-    named = {name: n for name, n in seen.items() if times < 4 or n != most}
-    counts = ", ".join(f"{name} {count(n)}" for name, n in named.items())
-    counts += f", the others {count(most)}" * (len(named) < len(seen))
+  most, others = tokens_unlike_most(models)
+  if others:
+    brief = len(models) - len(others) > 3
+    named = others if brief else {m["name"]: m.get("trained_tokens") for m in models}
+    counts = ", ".join(f"{name} {count(n)}" for name, n in named.items()) + f", the others {count(most)}" * brief
     result.append(f"Tokens seen differ ({counts}): part of a lower loss can be plain further training.")
   return result
+
+
+def tokens_unlike_most(models: Sequence[dict]) -> tuple[int | None, dict[str, int | None]]:
+  """How many tokens most models have seen, and by name those of the models that have seen another number."""
+  seen = {m["name"]: m.get("trained_tokens") for m in models}
+  most = Counter(seen.values()).most_common(1)[0][0]
+  return most, {name: n for name, n in seen.items() if n != most}
 
 
 def alarms(model: dict) -> Iterator[str]:

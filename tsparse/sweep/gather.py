@@ -6,7 +6,6 @@ A run counts by its last model: the recovered one of a ReLUfication, that of the
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tsparse.analysis import gap
 from tsparse.analysis.charts import PERPLEXITY, Axis, Chart, Interval, Series, View
 from tsparse.analysis.plots import draw_beside, png
 from tsparse.analysis.report import print_tables, to_csv, write_report
-from tsparse.analysis.tables import Table, count, masked, notes, number, percent, perplexity
+from tsparse.analysis.tables import Table, count, masked, notes, number, percent, perplexity, tokens_unlike_most
 from tsparse.sweep.runs import Run, labels, title_of
 
 UNITS = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"))
@@ -151,14 +150,15 @@ def frontier(models: Sequence[dict]) -> Chart | None:
   Runs that have read another number of tokens than most say how many.
   """
   models = [m for m in models if "gap" in m]
-  seen = Counter(m.get("trained_tokens") for m in models)
-  most = max(seen, key=seen.get, default=None)
-  others = {m["name"]: f" ({count(m.get('trained_tokens'))} tokens)" for m in models if m.get("trained_tokens") != most}
-  points = [Series(m["name"] + others.get(m["name"], ""), [[m["zero_fraction"]["mean"], m["gap"][0]]]) for m in models]
+  if len(models) < 2:
+    return None
+  _, others = tokens_unlike_most(models)
+  names = [m["name"] + (f" ({count(others[m['name']])} tokens)" if m["name"] in others else "") for m in models]
+  points = [Series(name, [[m["zero_fraction"]["mean"], m["gap"][0]]]) for name, m in zip(names, models, strict=True)]
   losses = [0.0, *(series.points[0][1] for series in points)]
   limits = 1.1 * min(losses), 1.1 * max(losses)
   view = View("", ZEROS, Axis("loss above the control, nats per token", limits=limits), points)
-  return Chart("frontier", "What zeros cost", "points", [view], ()) if len(points) > 1 else None
+  return Chart("frontier", "What zeros cost", "points", [view], ())
 
 
 def _models(run: Run) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from tsparse.activations import activation
 from tsparse.analysis.masks import TopK
 from tsparse.models import counts, layers
 from tsparse.models.config import PRESETS
+from tsparse.models.loss import head_cross_entropy
 from tsparse.models.moe import IMPLEMENTATIONS, Experts, moe
 from tsparse.models.predictor import predict
 from tsparse.models.router import route, router_logits
@@ -110,6 +111,20 @@ def test_recomputation_changes_no_gradient(remat, base):
     gradient(dataclasses.replace(base, remat=remat)),
     gradient(base),
   )
+
+
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("remat", REMAT)
+def test_on_a_tpu_nothing_but_the_angles_is_behind_a_barrier(remat, config):
+  """A barrier in a layer makes its operands exist whole and keeps gathered weights apart: 5 GB a chip of Mixtral's."""
+  model = Transformer(dataclasses.replace(config, remat=remat, moe_impl="ragged", dtype="bfloat16"))
+  rows = [jnp.ones((1, 128), jnp.int32)] * 3
+
+  def loss(params):
+    return head_cross_entropy(model.apply({"params": params}, *rows, logits=False)[0], params["head"], rows[0])[0].sum()
+
+  lowered = jax.jit(jax.grad(loss)).trace(params_of(config)).lower(lowering_platforms=("tpu",)).as_text()
+  assert lowered.count("optimization_barrier") == 1
 
 
 @pytest.mark.parametrize("config", [TINY, GEMMA], ids=["llama", "gemma"])

@@ -40,7 +40,7 @@ def gated_hidden(
   """act(gate, up) [..., F], times the predictor's mask if there is one, and then the intervention if there is one."""
   # without jax.checkpoint all that the derivative needs would be kept, as much as gate and up again
   policy = jax.checkpoint_policies.save_only_these_names(KEPT_MASK)
-  hidden = jax.checkpoint(activation, policy=policy)(gate, up)
+  hidden = jax.checkpoint(activation, policy=policy, prevent_cse=False)(gate, up)
   if predicted is not None:
     hidden = hidden * predicted
   return hidden if intervene is None else intervene(gate, up, hidden, expert)

@@ -62,9 +62,13 @@ def _project_backward(pattern: str, _, saved: tuple[Array, ...], dout: Array) ->
   _, of_weight, of_out = pattern.replace("->", ",").split(",")
   dx = _contracted(of_out, dout, of_weight, weight, None)
   left, right = (rows.reshape(rows.shape[0] * rows.shape[1], -1) for rows in (x, dout))
-  wide = left.shape[1] > right.shape[1]
-  product = jax.lax.optimization_barrier(right.T @ left).T if wide else left.T @ right
+  product = jax.lax.platform_dependent(left, right, cpu=_cpu_product, default=lambda left, right: left.T @ right)
   return dx.astype(x.dtype), product.reshape(weight.shape).astype(weight.dtype)
+
+
+def _cpu_product(left: Array, right: Array) -> Array:
+  """left^T right, the way round that has fewer rows than columns; the barrier keeps XLA from undoing that."""
+  return jax.lax.optimization_barrier(right.T @ left).T if left.shape[1] > right.shape[1] else left.T @ right
 
 
 def _contracted(of_left: str, left: Array, of_right: str, right: Array, dtype: jnp.dtype | None) -> Array:

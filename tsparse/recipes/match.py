@@ -44,5 +44,5 @@ def matching_loss(
       missed = jnp.sum(jnp.square(out.astype(jnp.float32) - target), where=valid[..., None])
       return total + missed / jnp.maximum(jnp.sum(jnp.square(target), where=valid[..., None]), 1e-30), None
 
-    total, _ = jax.lax.scan(jax.checkpoint(layer), total, (params[name]["ffn"], seen, interventions))
+    total, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), total, (params[name]["ffn"], seen, interventions))
   return total / config.num_layers

@@ -79,6 +79,13 @@ def test_without_libtpu_memory_is_estimated_and_that_is_said(tmp_path, monkeypat
     assert result["memory"]["estimate"]["parameters"] == pytest.approx(4 * 7_241_732_096 / 8, rel=1e-3)
 
 
+def test_a_slice_that_cannot_hold_the_state_needs_more_chips_and_not_smaller_microbatches(tmp_path):
+  arguments = ["--config=configs/mistral_drelu.py", "--topology=v5e:2x2", "--nocompile", f"--out={tmp_path}/plan.json"]
+  told = [" ".join(plan(*arguments, f"--config.mesh.data={data}").stdout.split()) for data in (1, 4)]
+  assert "are estimated; take a larger slice" in told[0]
+  assert "are estimated; set --config.mesh.data=1 --config.mesh.fsdp=-1, or take a larger slice" in told[1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: requirements-tpu.txt")
 def test_libtpu_compiles_for_chips_that_are_not_there(tmp_path):
   arguments = ["--config=configs/tiny_drelu.py", *SMALL, f"--out={tmp_path}/plan.json"]

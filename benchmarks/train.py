@@ -78,7 +78,9 @@ def ours(config: Any, seq_len: int, batch_size: int, folder: Path) -> tuple[Call
   from tsparse.convert.families import export_format
   from tsparse.convert.leaf import Leaf
   from tsparse.train import loop
+  from tsparse.train.allocator import keep_freed_memory
 
+  keep_freed_memory()  # as experiments/run.py does
   experiment = default.get_config()
   fields = dataclasses.asdict(config)
   experiment.activation = fields.pop("activation")

@@ -29,12 +29,14 @@ def main():
   """Runs the experiment of the flags."""
   from tsparse import hosts  # JAX is imported only once the flags are known to be good
   from tsparse.experiment import run
+  from tsparse.train.allocator import keep_freed_memory
   from tsparse.workdir import local
 
   if CONFIG.value is None:
     raise UserError("--config is missing: give an experiment, for instance --config=configs/tiny_relufy.py.")
   workdir = local(WORKDIR.value or f"runs/{CONFIG.value.name}")
   hosts.start(COORDINATOR.value, NUM_HOSTS.value, HOST_ID.value)
+  keep_freed_memory()
   run(CONFIG.value, workdir)
 
 

@@ -33,7 +33,9 @@ JSON = flags.DEFINE_string("json", "", "Where the same figures are written.")
 TOLERANCE = 1e-4  # relative, of the first step's loss and gradient norm
 MATMUL = 2048  # rows and columns of the product that measures the peak
 LEARNING_RATE = 1e-3
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # each step of XLA begins in new memory, and page faults are slow
+# glibc keeps what a step frees, in huge pages: new pages are slow, and how slow depends on the machine's history. Ours
+# has the first in experiments/run.py too.
+KEPT_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
 
 
 def model_of(size: str, experts: int, remat: str) -> tuple[Any, int, int]:
@@ -221,7 +223,7 @@ def main():
   """Measures, prints the table, writes the JSON."""
   for size in SIZE.value:
     model_of(size, EXPERTS.value, REMAT.value)  # a UserError comes before anything is started
-  os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)  # of both sides
+  os.environ.setdefault("GLIBC_TUNABLES", KEPT_PAGES)  # of both sides
   sides = {"ours": Side(ours), "theirs": Side(theirs)}
   rows = [measure(size, experts, sides) for size in SIZE.value for experts in (0, EXPERTS.value)]
   for side in sides.values():

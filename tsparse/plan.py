@@ -158,7 +158,9 @@ def plan(
 def advice(result: dict[str, Any], remat: str) -> str:
   """What to change where it does not fit."""
   estimate, data = result["memory"]["estimate"], result["mesh"]["data"]
-  if sum(estimate.values()) - estimate["activations"] > result["memory"]["chip"]:  # not for want of smaller microbatches
+  if (
+    sum(estimate.values()) - estimate["activations"] > result["memory"]["chip"]
+  ):  # not for want of smaller microbatches
     return ", or ".join(["set --config.mesh.data=1 --config.mesh.fsdp=-1"] * (data > 1) + ["take a larger slice"])
   rows = "raise --config.train.microbatches (activations)"
   return ", or ".join(

@@ -157,10 +157,9 @@ def plan(
 
 def advice(result: dict[str, Any], remat: str) -> str:
   """What to change where it does not fit."""
-  estimate, data = result["memory"]["estimate"], result["mesh"]["data"]
-  if (
-    sum(estimate.values()) - estimate["activations"] > result["memory"]["chip"]
-  ):  # not for want of smaller microbatches
+  memory, data = result["memory"], result["mesh"]["data"]
+  held = sum(memory["estimate"].values()) - memory["estimate"]["activations"]
+  if held > memory["chip"]:  # smaller microbatches would not help
     return ", or ".join(["set --config.mesh.data=1 --config.mesh.fsdp=-1"] * (data > 1) + ["take a larger slice"])
   rows = "raise --config.train.microbatches (activations)"
   return ", or ".join(

@@ -16,10 +16,12 @@ def keep_freed_memory():
   hold it, so that this thread must run the steps itself, and cannot prepare the next batch meanwhile: 2 to 3 % of the
   steps of a tiny model.
 
-  Nothing is changed on accelerators, nor where the C library has no `mallopt`.
+  The heap is left as it is on accelerators. Nothing at all is changed where the C library has no `mallopt`.
   """
-  jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the CPU client is made
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt and jax.default_backend() == "cpu":
+  if not mallopt:
+    return
+  jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the CPU client is made
+  if jax.default_backend() == "cpu":
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)

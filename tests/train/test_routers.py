@@ -84,7 +84,7 @@ def with_keys(step=0):
 
 def test_microbatches_change_the_balance_loss_alone_which_is_that_of_each():
   """The noise of a row goes with it to its microbatch."""
-  sums = jax.jit(lambda p, b: summed_gradients(p, b, model(), WEIGHTS, JITTER, 2)[1])(params(), with_keys())
+  sums = jax.jit(lambda p, b: summed_gradients(p, b, model(), WEIGHTS, JITTER, 2, 1.0)[1])(params(), with_keys())
   forward = jax.jit(lambda p, b: summed_loss(p, b, model(), WEIGHTS, JITTER)[1])
   whole, *parts = (forward(params(), {k: x[rows] for k, x in with_keys().items()}) for rows in np.s_[:, ::2, 1::2])
   assert float(sums.nll) == pytest.approx(float(whole.nll), rel=1e-5)

@@ -153,16 +153,16 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: str = "") -> tuple[
 
 
 def rotary_angles(positions: Array, head_dim: int, theta: float, scaling: str = "") -> tuple[Array, Array]:
-  """Cosine and sine [B, T, 1, H/2], float32, of the angles position * frequency, times the scaling's factor.
+  """Cosine and sine [..., T, 1, H/2], float32, of the angles position * frequency, times the scaling's factor.
 
   Args:
-    positions: [B, T] int32, position of each token in its segment.
+    positions: [..., T] int32, position of each token in its segment.
     head_dim: see `rotary_frequencies`, as theta and scaling.
     theta: base of the frequencies.
     scaling: of the frequencies.
   """
   frequencies, magnitude = rotary_frequencies(head_dim, theta, scaling)
-  angles = positions[:, :, None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, H/2]
   return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 

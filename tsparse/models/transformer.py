@@ -229,7 +229,7 @@ class Block(nn.Module):
     return constrain(x + out, "BTD"), counts
 
 
-def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Module:
+def _stack(config: ModelConfig, length: int, by_token: bool, unroll: bool, name: str) -> nn.Module:
   """`length` equal layers in a scan: parameters with a leading axis L, and so are the other arguments of a layer, the
   counts and the sums of the routers."""
   policy = remat_policy(config.remat)
@@ -239,6 +239,7 @@ def _stack(config: ModelConfig, length: int, by_token: bool, name: str) -> nn.Mo
     split_rngs={"params": True},
     in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
     length=length,
+    unroll=length if unroll else 1,
     metadata_params={nn.PARTITION_NAME: "L"},
   )
   return scanned(config, by_token, name=name)
@@ -250,10 +251,13 @@ class Transformer(nn.Module):
   Attributes:
     config: the model.
     by_token: fill in the `by_token` of the counts.
+    unroll: the scans over layers take one turn with all of them, the same numbers. It takes longer to compile and is
+      faster on CPU, where XLA otherwise copies what the turns share: weights, kept activations, gradients.
   """
 
   config: ModelConfig
   by_token: bool = False
+  unroll: bool = False
 
   @nn.compact
   def __call__(
@@ -287,8 +291,11 @@ class Transformer(nn.Module):
     x = constrain(embed[tokens], "BTD")
     if config.scale_embeddings:
       x *= jnp.asarray(config.d_model**0.5, x.dtype)
-    angles = rope.rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-    cos, sin = jax.lax.optimization_barrier(angles)  # or XLA computes them wherever they are used
+    angles_of = functools.partial(
+      rope.rotary_angles, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
+    )
+    # a barrier, or XLA computes them wherever they are used; on CPU only a loop, here over rows, keeps it from that
+    cos, sin = jax.lax.map(angles_of, positions) if self.unroll else jax.lax.optimization_barrier(angles_of(positions))
     windows = sorted(set(config.windows))
     window_index = jnp.array([windows.index(window) for window in config.windows]) if len(windows) > 1 else None  # [L]
     first, counts = config.dense_layers, {}
@@ -296,10 +303,11 @@ class Transformer(nn.Module):
     per_layer = window_index, jitter
     if first:
       index, noise = jax.tree.map(lambda leaf: leaf[:first], per_layer)
-      x, dense = _stack(config.first, first, self.by_token, "first")(x, cos, sin, segment_ids, index, of_first, noise)
+      dense_layers = _stack(config.first, first, self.by_token, self.unroll, "first")
+      x, dense = dense_layers(x, cos, sin, segment_ids, index, of_first, noise)
       counts["first"] = dense["ffn"]
     index, noise = jax.tree.map(lambda leaf: leaf[first:], per_layer)
-    rest = _stack(config, config.num_layers - first, self.by_token, "layers")
+    rest = _stack(config, config.num_layers - first, self.by_token, self.unroll, "layers")
     x, others = rest(x, cos, sin, segment_ids, index, of_rest, noise)
     counts |= others
     x = _norm(self, "final_norm", x)

@@ -39,6 +39,8 @@ from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
 from tsparse.train.tracker import Tracker
 
+UNROLLED = 12  # layers on one CPU device, where more take minutes to compile (`Transformer.unroll`)
+
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
 Restore = Callable[[Any], tuple[Any, int]]
 
@@ -95,7 +97,9 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher:
     mesh: the devices.
     teacher: what the recipe's teacher is, if it has one; None for the model with the activation swiglu.
   """
-  model = Transformer(model_config(config))
+  one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  model = model_config(config)
+  model = Transformer(model, unroll=one_cpu and model.num_layers <= UNROLLED)
   recipe = recipe_of(config)
   shapes, logical = abstract_parameters(model)
   shardings = sharding.shardings(mesh, logical)

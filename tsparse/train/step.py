@@ -163,27 +163,30 @@ def summed_gradients(
   weights: Mapping[str, float],
   router_jitter: float,
   microbatches: int,
+  scale: jax.Array,
   extra: Extra | None = None,
 ) -> tuple[Any, Sums]:
-  """Gradient of `summed_loss` over the whole batch, computed `microbatches` at a time.
+  """Gradient of `scale` times `summed_loss` over the whole batch, computed `microbatches` at a time.
 
   Each microbatch's gradients are added where their sum lies, layer by layer as the backward pass comes by: there is no
-  second copy of them.
+  second copy of them. The scale is what the backward pass begins with, so that nothing need be read again for it.
   """
+
+  def loss_of(params, batch):
+    return summed_loss(params, batch, model, weights, router_jitter, extra)
+
   if microbatches == 1:
-    return jax.grad(summed_loss, has_aux=True)(params, batch, model, weights, router_jitter, extra)
+    _, backward, sums = jax.vjp(lambda p: loss_of(p, batch), params, has_aux=True)
+    return backward(scale)[0], sums
 
   def split(x):  # row r goes to microbatch r % A, so that every device keeps its own rows
     return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
 
   total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-  def loss_of(params, microbatch):
-    return summed_loss(params, microbatch, model, weights, router_jitter, extra)
-
   def add(sums, microbatch):
-    loss, backward, more = jax.vjp(lambda p: loss_of(p, microbatch), params, has_aux=True)
-    backward.with_refs(total)(jnp.ones_like(loss))
+    _, backward, more = jax.vjp(lambda p: loss_of(p, microbatch), params, has_aux=True)
+    backward.with_refs(total)(scale)
     return jax.tree.map(jnp.add, sums, more), None
 
   batch = jax.tree.map(split, batch)
@@ -227,8 +230,9 @@ def make_train_step(
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
     extra = recipe and Extra(recipe, teacher, state.step, recipe.weights(state.step, state.memory), own)
-    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches, extra)
-    grads = jax.tree.map(lambda g: g / counted, grads)
+    grads, sums = summed_gradients(
+      state.params, batch, model, weights, router_jitter, microbatches, 1 / counted, extra
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

@@ -230,9 +230,7 @@ def make_train_step(
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
     extra = recipe and Extra(recipe, teacher, state.step, recipe.weights(state.step, state.memory), own)
-    grads, sums = summed_gradients(
-      state.params, batch, model, weights, router_jitter, microbatches, 1 / counted, extra
-    )
+    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches, 1 / counted, extra)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

@@ -10,10 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from tsparse import sharding
 from tsparse.models.grouped import (
-  block_outer,
-  block_product,
+  block_outers,
+  block_products,
+  block_transposed,
   grouped_matmul,
   grouped_matmul_dense,
+  grouped_matmuls,
   tpu_outer,
   tpu_product,
 )
@@ -57,14 +59,42 @@ def test_outputs_and_gradients_are_the_oracles(case):
     assert not out[sum(sizes) :].any() and not dx[sum(sizes) :].any()
 
 
+@pytest.mark.parametrize("rows", [*range(1, 12), 63, 64, 65, 191, 256, 257, 767, 768, 769, 1600])
+def test_a_group_of_any_size_between_two_others(rows):
+  """Every length of a block, each met exactly and by one row more or less."""
+  x, w, dout = operands(rows + 6, 3)
+  sizes = jnp.array([5, rows, 1])
+
+  def outputs(product):
+    out, gradient = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+    return out, *gradient(dout)
+
+  jax.tree.map(near, jax.jit(outputs, static_argnums=0)(grouped_matmul), outputs(grouped_matmul_dense))
+
+
+def test_several_matrices_at_once_are_each_of_them_alone():
+  rows, sizes = SIZES["rows of no group"]
+  sizes = jnp.array(sizes, jnp.int32)
+  x, first, dout = operands(rows, len(sizes))
+  second = operands(rows, len(sizes), seed=1)[1]
+
+  def outputs(products):
+    outs, gradient = jax.vjp(products, x, (first, second))
+    return outs, *gradient((dout, 2 * dout))
+
+  at_once = outputs(lambda x, ws: grouped_matmuls(x, ws, sizes))
+  alone = outputs(lambda x, ws: tuple(grouped_matmul_dense(x, w, sizes) for w in ws))
+  jax.tree.map(near, at_once, alone)
+
+
 @pytest.mark.parametrize("case", ["skewed", "empty", "rows of no group", "fewer rows than a block", "no rows"])
 def test_the_kernel_for_tpu_interpreted_gives_the_same(case):
   rows, sizes = SIZES[case]
   x, w, dout = operands(rows, len(sizes), dim=128, width=256)
   sizes = jnp.array(sizes, jnp.int32)
-  near(tpu_product(x, w, sizes, False, interpret=True), block_product(x, w, sizes, False))
-  near(tpu_product(dout, w, sizes, True, interpret=True), block_product(dout, w, sizes, True))
-  near(tpu_outer(x, dout, sizes, interpret=True), block_outer(x, dout, sizes))
+  near(tpu_product(x, w, sizes, False, interpret=True), *block_products(x, (w,), sizes))
+  near(tpu_product(dout, w, sizes, True, interpret=True), block_transposed((dout,), (w,), sizes))
+  near(tpu_outer(x, dout, sizes, interpret=True), *block_outers(x, (dout,), sizes))
 
 
 def test_each_platform_gets_its_lowering():

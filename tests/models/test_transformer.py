@@ -113,6 +113,21 @@ def test_recomputation_changes_no_gradient(remat, base):
   )
 
 
+@pytest.mark.parametrize("config", [GEMMA, DEEPSEEK], ids=["gemma", "deepseek"])
+def test_layers_in_one_turn_of_the_scan_give_the_same_numbers(config):
+  segments, positions = row(7, 9, total=18)
+
+  def loss(params, unroll):
+    logits, counted = Transformer(config, unroll=unroll).apply({"params": params}, tokens_of(18), segments, positions)
+    return jnp.sum(jnp.square(logits)), counted
+
+  by_turns, at_once = (
+    jax.jit(jax.value_and_grad(functools.partial(loss, unroll=unroll), has_aux=True))(params_of(config))
+    for unroll in (False, True)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), by_turns, at_once)
+
+
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("remat", REMAT)
 def test_on_a_tpu_nothing_but_the_angles_is_behind_a_barrier(remat, config):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.train.test_step import losses, small
@@ -10,7 +11,7 @@ from tsparse.check import check
 from tsparse.errors import UserError
 from tsparse.models.config import model_config
 from tsparse.models.transformer import Transformer, init_parameters
-from tsparse.train.optimizer import learning_rate, make_optimizer
+from tsparse.train.optimizer import clipped, learning_rate, make_optimizer
 
 
 def test_weight_decay_spares_the_norms():
@@ -20,6 +21,15 @@ def test_weight_decay_spares_the_norms():
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   assert (updates["final_norm"] == 0).all()
   np.testing.assert_allclose(updates["embed"], -0.05)
+
+
+@pytest.mark.parametrize("norm", [0.1, 5.0, 13.0, 100.0])  # of the gradients: 13
+def test_gradients_are_clipped_as_optax_clips_them(norm):
+  grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[12.0]])}
+  actual, expected = (clip(norm).update(grads, optax.EmptyState())[0] for clip in (clipped, optax.clip_by_global_norm))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), actual, expected)
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  jax.tree.map(np.testing.assert_array_equal, clipped(norm).update(zeros, optax.EmptyState())[0], zeros)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_final_value():

@@ -9,9 +9,8 @@ on GPU it is lowered densely. The lowering is chosen by the platform compiled fo
     others    blocks of rows that lie within one group, in loops whose trip counts are traced
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from jax import lax
 
 Array = jax.Array
 
-# Rows of a block: a group is cut into as many of the first length as fit, then of the next; the last may overhang.
-# Long ones amortise reading the weights, short ones waste fewer rows.
-BLOCK_ROWS = (512, 128, 64)
+# Rows of a block: a group is cut into as many of the longest as fit, and the shortest that covers the rest. Products
+# of long blocks are faster, and the others waste fewer rows.
+BLOCK_ROWS = (64, 128, 192, 256, 384, 512, 640, 768)
 TPU_TILE = (512, 1024, 1024)  # rows, contracted, out
 
 
@@ -36,7 +35,12 @@ def grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
   Returns:
     [S, F] in the dtype of x, accumulated in float32.
   """
-  return _grouped_matmul(*map(jnp.asarray, (x, w, group_sizes)))
+  return grouped_matmuls(x, (w,), group_sizes)[0]
+
+
+def grouped_matmuls(x: Array, ws: Sequence[Array], group_sizes: Array) -> tuple[Array, ...]:
+  """`grouped_matmul` by each w, all of one shape, at once: blocks read x, and add up its gradient, only once."""
+  return _grouped_matmuls(jnp.asarray(x), tuple(map(jnp.asarray, ws)), jnp.asarray(group_sizes))
 
 
 def grouped_matmul_dense(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -52,109 +56,145 @@ def membership(group_sizes: Array, rows: int, dtype: Any) -> Array:
 
 
 @jax.custom_vjp
-def _grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
-  return _product(x, w, group_sizes, transposed=False)
+def _grouped_matmuls(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  return lax.platform_dependent(x, ws, group_sizes, tpu=tpu_products, default=block_products)
 
 
-def _forward(x: Array, w: Array, group_sizes: Array) -> tuple[Array, tuple]:
-  return _grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
+def _forward(*args: Any) -> tuple[tuple[Array, ...], tuple]:
+  return _grouped_matmuls(*args), args
 
 
-def _backward(saved: tuple, dout: Array) -> tuple[Array, Array, None]:
-  x, w, group_sizes = saved
-  return _product(dout, w, group_sizes, transposed=True), _outer(x, dout, group_sizes), None
+def _backward(saved: tuple, douts: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:
+  x, ws, group_sizes = saved
+  dx = lax.platform_dependent(douts, ws, group_sizes, tpu=tpu_transposed, default=block_transposed)
+  return dx, lax.platform_dependent(x, douts, group_sizes, tpu=tpu_outers, default=block_outers), None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmuls.defvjp(_forward, _backward)
 
 
-def _product(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array:
-  """x[s] @ w[e], or x[s] @ w[e]^T."""
-  return lax.platform_dependent(
-    x,
-    w,
-    group_sizes,
-    tpu=functools.partial(tpu_product, transposed=transposed),
-    default=functools.partial(block_product, transposed=transposed),
-  )
+class Block(NamedTuple):
+  """Rows [first, first + length) of all, of which `inside` [length, 1] bool are of the group; None: all of them."""
 
+  first: Array  # [] int32
+  length: int
+  inside: Array | None
 
-def _outer(x: Array, dout: Array, group_sizes: Array) -> Array:
-  """[E, D, F]: x[s]^T dout[s] summed over the rows of each group."""
-  return lax.platform_dependent(x, dout, group_sizes, tpu=tpu_outer, default=block_outer)
+  def of(self, rows: Array) -> Array:
+    """Its rows of [S, n]."""
+    return lax.dynamic_slice_in_dim(rows, self.first, self.length)
+
+  def within(self, rows: Array) -> Array:
+    """Its rows of [S, n], 0 where they are of another group."""
+    return self.of(rows) if self.inside is None else jnp.where(self.inside, self.of(rows), 0)
+
+  def write(self, rows: Array, part: Array) -> Array:
+    """[S, n] with `part` [length, n] in those of its rows that are of the group; others' were or will be written."""
+    part = part.astype(rows.dtype)
+    part = part if self.inside is None else jnp.where(self.inside, part, self.of(rows))
+    return lax.dynamic_update_slice_in_dim(rows, part, self.first, 0)
 
 
 def _over_blocks(body: Callable, carry: Any, start: Array, size: Array, rows: int) -> Any:
-  """Folds body(carry, first, length, inside) over blocks of rows [first, first + length) that cover one group.
+  """Folds body(carry, block) over blocks that cover one group.
 
   Args:
-    body: `length` is static, `inside` [length, 1] bool says which of the rows are of the group, None all of them.
+    body: what is done with a Block.
     carry: initial value.
     start: [] int32, first row of the group.
     size: [] int32, its rows.
     rows: of the whole array, S; a block that would go beyond it begins earlier.
   """
-  end = start + size
-  *lengths, last = [length for length in BLOCK_ROWS if length <= rows] or [rows]
-  for length in lengths:
-    blocks = (end - start) // length
-    carry = lax.fori_loop(0, blocks, lambda i, c, at=start, n=length: body(c, at + i * n, n, None), carry)
-    start += blocks * length
+  lengths = [length for length in BLOCK_ROWS if length < rows] or [rows]
+  longest, end = lengths[-1], start + size
+  carry = lax.fori_loop(0, size // longest, lambda i, c: body(c, Block(start + i * longest, longest, None)), carry)
+  begin = start + size // longest * longest
+  for shorter, length in zip([0, *lengths[:-1]], lengths, strict=True):
 
-  def overhanging(i: Array, carry: Any) -> Any:
-    begin = start + i * last
-    first = jnp.minimum(begin, rows - last)
-    s = first + jnp.arange(last)[:, None]
-    return body(carry, first, last, (s >= begin) & (s < end))
+    def remainder(i: Array, carry: Any, length: int = length) -> Any:
+      first = jnp.minimum(
+        begin + i, rows - length
+      )  # i is 0, and XLA does not know it: it would compute what is skipped
+      s = first + jnp.arange(length)[:, None]
+      return body(carry, Block(first, length, (s >= begin) & (s < end)))
 
-  return lax.fori_loop(0, -(-(end - start) // last), overhanging, carry)
-
-
-def block_product(x: Array, w: Array, group_sizes: Array, transposed: bool) -> Array:
-  """`_product`, by blocks."""
-  rows = x.shape[0]
-  starts = jnp.cumsum(group_sizes) - group_sizes
-  contracted = (((1,), (1 if transposed else 0,)), ((), ()))
-  width = w.shape[1 if transposed else 2]
-
-  def group(e: Array, out: Array) -> Array:
-    matrix = w[e]
-
-    def block(out: Array, first: Array, length: int, inside: Array | None) -> Array:
-      part = lax.dynamic_slice_in_dim(x, first, length)
-      part = lax.dot_general(part, matrix, contracted, preferred_element_type=jnp.float32).astype(x.dtype)
-      if inside is not None:  # the other rows are of a group that was or will be written
-        part = jnp.where(inside, part, lax.dynamic_slice_in_dim(out, first, length))
-      return lax.dynamic_update_slice_in_dim(out, part, first, 0)
-
-    return _over_blocks(block, out, starts[e], group_sizes[e], rows)
-
-  out = jnp.zeros((rows, width), x.dtype)
-  return lax.fori_loop(0, w.shape[0], group, out) if rows else out
+    # a loop of one turn or none: a condition would copy what it carries
+    fits = (end - begin > shorter) & (end - begin <= length)
+    carry = lax.fori_loop(0, fits.astype(jnp.int32), remainder, carry)
+  return carry
 
 
-def block_outer(x: Array, dout: Array, group_sizes: Array) -> Array:
-  """`_outer`, by blocks; accumulated in float32, group by group."""
-  rows = x.shape[0]
-  starts = jnp.cumsum(group_sizes) - group_sizes
+def block_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """x[s] @ w[e] for each w, by blocks."""
 
-  def group(_, where: tuple[Array, Array]) -> tuple[None, Array]:
-    def block(total: Array, first: Array, length: int, inside: Array | None) -> Array:
-      left, right = (lax.dynamic_slice_in_dim(a, first, length) for a in (x, dout))
-      if inside is not None:
-        left, right = jnp.where(inside, left, 0), jnp.where(inside, right, 0)
-      return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  def product(outs: tuple[Array, ...], block: Block, matrices: list[Array]) -> tuple[Array, ...]:
+    part = block.of(x)
+    return tuple(block.write(out, _dot(part, 1, matrix, 0)) for out, matrix in zip(outs, matrices, strict=True))
 
-    total = jnp.zeros((x.shape[1], dout.shape[1]), jnp.float32)
-    return None, _over_blocks(block, total, *where, rows).astype(x.dtype)
+  return _fold(product, tuple(jnp.zeros((x.shape[0], w.shape[2]), x.dtype) for w in ws), ws, group_sizes)
 
+
+def block_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_sizes: Array) -> Array:
+  """dout[s] @ w[e]^T, summed over the pairs of the two, by blocks."""
+
+  def product(dx: Array, block: Block, matrices: list[Array]) -> Array:
+    return block.write(
+      dx, sum(_dot(block.of(dout), 1, matrix, 1) for dout, matrix in zip(douts, matrices, strict=True))
+    )
+
+  return _fold(product, jnp.zeros((douts[0].shape[0], ws[0].shape[1]), douts[0].dtype), ws, group_sizes)
+
+
+def _fold(product: Callable, out: Any, ws: tuple[Array, ...], group_sizes: Array) -> Any:
+  """Folds product(out, block, matrices of its group) over the blocks of all groups; `out` is of arrays [S, n]."""
+  rows, starts = jax.tree.leaves(out)[0].shape[0], jnp.cumsum(group_sizes) - group_sizes
+
+  def group(e: Array, out: Any) -> Any:
+    matrices = [w[e] for w in ws]
+    return _over_blocks(lambda out, block: product(out, block, matrices), out, starts[e], group_sizes[e], rows)
+
+  return lax.fori_loop(0, group_sizes.shape[0], group, out) if rows else out
+
+
+def block_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """x[s]^T dout[s] summed over the rows of each group, [E, D, F] for each dout; in float32, group by group."""
+  rows, widths = x.shape[0], [(x.shape[1], dout.shape[1]) for dout in douts]
   if not rows:
-    return jnp.zeros((group_sizes.shape[0], x.shape[1], dout.shape[1]), x.dtype)
-  return lax.scan(group, None, (starts, group_sizes))[1]
+    return tuple(jnp.zeros((group_sizes.shape[0], *width), x.dtype) for width in widths)
+
+  def product(totals: list[Array], block: Block) -> list[Array]:
+    left, *rights = (block.within(array) for array in (x, *douts))
+    return [total + _dot(left, 0, right, 0) for total, right in zip(totals, rights, strict=True)]
+
+  def group(_, where: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
+    totals = _over_blocks(product, [jnp.zeros(width, jnp.float32) for width in widths], *where, rows)
+    return None, tuple(total.astype(x.dtype) for total in totals)
+
+  return lax.scan(group, None, (jnp.cumsum(group_sizes) - group_sizes, group_sizes))[1]
+
+
+def _dot(left: Array, of_left: int, right: Array, of_right: int) -> Array:
+  """The product of two matrices over one axis of each, in float32."""
+  return lax.dot_general(left, right, (((of_left,), (of_right,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def tpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """`block_products`, by megablox."""
+  return tuple(tpu_product(x, w, group_sizes, transposed=False) for w in ws)
+
+
+def tpu_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_sizes: Array) -> Array:
+  """`block_transposed`, by megablox."""
+  return sum(tpu_product(dout, w, group_sizes, transposed=True) for dout, w in zip(douts, ws, strict=True))
+
+
+def tpu_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """`block_outers`, by megablox."""
+  return tuple(tpu_outer(x, dout, group_sizes) for dout in douts)
 
 
 def tpu_product(x: Array, w: Array, group_sizes: Array, transposed: bool, interpret: bool = False) -> Array:
-  """`_product`, by megablox; `interpret` runs it anywhere, slowly."""
+  """x[s] @ w[e], or x[s] @ w[e]^T, by megablox; `interpret` runs it anywhere, slowly."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
   if not x.shape[0]:
@@ -167,7 +207,7 @@ def tpu_product(x: Array, w: Array, group_sizes: Array, transposed: bool, interp
 
 
 def tpu_outer(x: Array, dout: Array, group_sizes: Array, interpret: bool = False) -> Array:
-  """`_outer`, by megablox."""
+  """x[s]^T dout[s] summed over the rows of each group, [E, D, F], by megablox."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
   if not x.shape[0]:

@@ -24,7 +24,7 @@ from tsparse import sharding
 from tsparse.models.counts import HiddenCounts, count_fired, count_fired_by_token, sum_penalty
 from tsparse.models.dispatch import GROUP, Dispatch, at_home, gathered, sent
 from tsparse.models.ffn import Intervention, gated_hidden, penalty_of
-from tsparse.models.grouped import grouped_matmul, membership
+from tsparse.models.grouped import grouped_matmul, grouped_matmuls, membership
 from tsparse.models.predictor import predict, straight_through
 from tsparse.models.router import route
 from tsparse.sharding import constrain
@@ -206,8 +206,8 @@ def _grouped(
 
   sizes, fetch, deliver = dispatch(flat(chosen), flat(weights), experts.gate.shape[0])
   slots = fetch(flat(x))  # [S, D]
-  gate = checkpoint_name(grouped_matmul(slots, experts.gate, sizes), "expert_gate")  # [S, F]
-  up = checkpoint_name(grouped_matmul(slots, experts.up, sizes), "expert_up")  # [S, F]
+  gate, up = grouped_matmuls(slots, (experts.gate, experts.up), sizes)  # [S, F]
+  gate, up = checkpoint_name(gate, "expert_gate"), checkpoint_name(up, "expert_up")
   predicted = None
   if predictors is not None:
     read = jax.nn.relu(grouped_matmul(fetch(flat(predictors.x)), predictors.fc1, sizes))

@@ -91,12 +91,14 @@ class Board:
   """TensorBoard's files, written at once: tensorboardX's own thread dies on a full disk, and its queue then blocks."""
 
   def __init__(self, folder: Path, first_step: int):
+    import tensorboardX  # noqa: F401 (now: it takes seconds where torch is installed, which no step should wait for)
+
     self._folder, self._first_step = folder, first_step
     self._files, self._numbers = None, itertools.count()
 
   def write(self, step: int, scalars: Mapping[str, float]):
     """Records numbers of `step`. OSError where they cannot be; the next call then begins another file."""
-    from tensorboardX import summary  # imports torch where that is installed
+    from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 

@@ -112,9 +112,8 @@ def _over_blocks(body: Callable, carry: Any, start: Array, size: Array, rows: in
   for shorter, length in zip([0, *lengths[:-1]], lengths, strict=True):
 
     def remainder(i: Array, carry: Any, length: int = length) -> Any:
-      first = jnp.minimum(
-        begin + i, rows - length
-      )  # i is 0, and XLA does not know it: it would compute what is skipped
+      # i is 0, and XLA does not know it: it would multiply before the loop, whether there is a turn or none
+      first = jnp.minimum(begin + i, rows - length)
       s = first + jnp.arange(length)[:, None]
       return body(carry, Block(first, length, (s >= begin) & (s < end)))
 
@@ -138,9 +137,8 @@ def block_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_size
   """dout[s] @ w[e]^T, summed over the pairs of the two, by blocks."""
 
   def product(dx: Array, block: Block, matrices: list[Array]) -> Array:
-    return block.write(
-      dx, sum(_dot(block.of(dout), 1, matrix, 1) for dout, matrix in zip(douts, matrices, strict=True))
-    )
+    pairs = zip(douts, matrices, strict=True)
+    return block.write(dx, sum(_dot(block.of(dout), 1, matrix, 1) for dout, matrix in pairs))
 
   return _fold(product, jnp.zeros((douts[0].shape[0], ws[0].shape[1]), douts[0].dtype), ws, group_sizes)
 

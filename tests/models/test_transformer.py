@@ -128,6 +128,16 @@ def test_layers_in_one_turn_of_the_scan_give_the_same_numbers(config):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), by_turns, at_once)
 
 
+def test_on_one_cpu_the_angles_are_computed_once():
+  """XLA drops barriers there before it fuses, so that a cosine may be found in everything that reads it."""
+  tokens, *where = (x.repeat(2, 0) for x in (tokens_of(18), *row(7, 9, total=18)))
+
+  def loss(params):
+    return jnp.sum(Transformer(TINY, unroll=True).apply({"params": params}, tokens, *where)[0])
+
+  assert jax.jit(jax.grad(loss)).lower(params_of(TINY)).compile().as_text().count(" cosine(") == 1
+
+
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("remat", REMAT)
 def test_on_a_tpu_nothing_but_the_angles_is_behind_a_barrier(remat, config):

@@ -16,7 +16,7 @@ from tsparse.models.config import model_config
 from tsparse.models.loss import BLOCKS
 from tsparse.models.transformer import Transformer, token_losses
 from tsparse.plan import compile_step
-from tsparse.train.loop import compiled_step, initial_state, prepare
+from tsparse.train.loop import UNROLLED, compiled_step, initial_state, prepare
 from tsparse.train.optimizer import learning_rate, make_optimizer
 from tsparse.train.step import TrainState, make_train_step, summed_loss
 
@@ -192,6 +192,14 @@ def test_the_logits_of_a_batch_never_exist_at_once(microbatches):
   sizes = {aval.size for aval in arrays(program.jaxpr) if vocab in aval.shape and aval.dtype == jnp.float32}
   logits = rows // microbatches * time * vocab
   assert logits // BLOCKS in sizes and max(sizes - {vocab * config.model.d_model}) < logits
+
+
+def test_layers_take_one_turn_of_the_scan_on_one_cpu_device_if_they_are_few():
+  few, many = small(), small()
+  many.model.num_layers = UNROLLED + 1
+  one, eight = (sharding.make_mesh({"data": n, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:n]) for n in (1, 8))
+  assert prepare(few, one).model.unroll
+  assert not prepare(few, eight).model.unroll and not prepare(many, one).model.unroll
 
 
 @pytest.mark.parametrize(("experts", "axes"), [(0, {"fsdp": 4, "expert": 1}), (4, {"fsdp": 2, "expert": 2})])

@@ -178,7 +178,8 @@ def _cpu_backward(rule: Rule, saved: tuple[Array, ...], dout: Array) -> tuple[Ar
   query, key, value, segment_ids = saved
   rows, douts = _blocks(query, key.shape[2]), _blocks(dout, key.shape[2])
   key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
-  dquery, (dkey, dvalue) = [], jnp.zeros((2, *key.swapaxes(2, 3).shape), jnp.float32)  # [B, K, H, T]
+  dquery = []
+  dkey = dvalue = jnp.zeros(key.swapaxes(2, 3).shape, jnp.float32)  # [B, K, H, T]
   for (block, part, mask), dblock in zip(_visible(rule, rows, segment_ids), douts, strict=True):
     weights, backward = jax.vjp(functools.partial(_weights, rule, mask), _scores(block, key[:, :, part]))
     (dscores,) = backward(_scores(dblock, value[:, :, part]))

@@ -91,26 +91,26 @@ class Board:
   """TensorBoard's files, written at once: tensorboardX's own thread dies on a full disk, and its queue then blocks."""
 
   def __init__(self, folder: Path, first_step: int):
-    import tensorboardX  # noqa: F401 (now: it takes seconds where torch is installed, which no step should wait for)
+    import tensorboardX  # imports torch where that is installed: seconds, which no step should wait for
 
+    self._tensorboard = tensorboardX
     self._folder, self._first_step = folder, first_step
     self._files, self._numbers = None, itertools.count()
 
   def write(self, step: int, scalars: Mapping[str, float]):
     """Records numbers of `step`. OSError where they cannot be; the next call then begins another file."""
-    from tensorboardX import summary
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+    events, scalar = self._tensorboard.proto.event_pb2, self._tensorboard.summary.scalar
     if self._files is None:
       self._folder.mkdir(exist_ok=True)
-      self._files = EventsWriter(str(self._folder / "events"), f".{next(self._numbers)}")
+      self._files = self._tensorboard.event_file_writer.EventsWriter(
+        str(self._folder / "events"), f".{next(self._numbers)}"
+      )
       if self._first_step:  # hides what an interrupted run wrote of later steps
-        start = SessionLog(status=SessionLog.START)
-        self._files.write_event(Event(step=self._first_step, session_log=start, wall_time=time.time()))
+        start = events.SessionLog(status=events.SessionLog.START)
+        self._files.write_event(events.Event(step=self._first_step, session_log=start, wall_time=time.time()))
         self._first_step = 0
     for name, value in scalars.items():
-      self._files.write_event(Event(step=step, summary=summary.scalar(name, value), wall_time=time.time()))
+      self._files.write_event(events.Event(step=step, summary=scalar(name, value), wall_time=time.time()))
     self._files.flush()
 
   def forget(self):

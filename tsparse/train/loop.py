@@ -39,7 +39,7 @@ from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
 from tsparse.train.stop import StopRequest
 from tsparse.train.tracker import Tracker
 
-UNROLLED = 12  # layers on one CPU device, where more take minutes to compile (`Transformer.unroll`)
+UNROLLED = 12  # layers at most, on one CPU device: 4 seconds of compilation each, with experts (`Transformer.unroll`)
 
 # (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens they have seen)
 Restore = Callable[[Any], tuple[Any, int]]

@@ -3,15 +3,6 @@
 python benchmarks/moe.py
 python benchmarks/moe.py --implementations=ragged --repeats=20 --json=moe.json
 
-On 2 CPU cores under other load (4 to 5 processes each; least of 5 runs in turns, --implementations=ragged --repeats=5),
-4096 tokens, D 512, 2048 neurons a token, 25.8 GFLOP forward, float32:
-
- E top_k  layer         forward ms  ratio  + gradient ms  ratio  FLOPs
- 8     2  dense FFN          658.8   1.00         1900.2   1.00    1.0
- 8     2  ragged             590.7   0.90         1999.8   1.05    1.0
-64     8  dense FFN          704.0   1.00         2623.9   1.00    1.0
-64     8  ragged             663.8   0.94         2739.9   1.04    1.0
-
 FLOPs: matrix products over the dense FFN's, the least the ratio can be where both multiply as fast. Target 1.5.
 On one device nothing is gathered: ep_allgather is ragged there, with another name.
 """

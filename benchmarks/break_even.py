@@ -98,11 +98,11 @@ def measure(mode: str, zeros: float, batch: int, neurons: tuple, fc: tuple | Non
 def main():
   """Measures, prints the table, writes the JSON."""
   from tsparse.models.config import PRESETS
-  from tsparse.sparse.kernels import build
+  from tsparse.sparse.kernels import native
 
   if PRESET.value not in PRESETS:
     raise UserError(f"--preset={PRESET.value} is unknown: choose one of {', '.join(PRESETS)}.")
-  if not build.available():
+  if not native.available():
     raise UserError("this benchmark is of the native kernels, and they cannot be built here.")
   rows = []
   print(f"{'mode':>10}{'zeros':>7}{'batch':>6}{'dense ms':>10}{'sparse ms':>10}{'ratio':>7}{'bytes':>7}")

@@ -270,12 +270,12 @@ def main():
   """Measures, prints the tables, writes the JSON."""
   from benchmarks.constructed import KNOWN
   from tsparse.models.config import PRESETS, parameter_counts
-  from tsparse.sparse.kernels import build
+  from tsparse.sparse.kernels import native
 
   names = ["mistral"] if QUICK.value else SHAPES.value
   if set(names) - set(KNOWN):
     raise UserError(f"--shapes={','.join(names)}: choose of {', '.join(KNOWN)}.")
-  if not build.available():
+  if not native.available():
     raise UserError("this benchmark is of the native kernels, and they cannot be built here.")
   tokens = 8 if QUICK.value else TOKENS.value
   results, peers = [], {}

@@ -13,10 +13,10 @@ from tsparse.analysis.masks import TopK
 from tsparse.models.config import ffn_layers
 from tsparse.models.transformer import Transformer, init_parameters
 from tsparse.sparse.decode import by_layer, empty_cache, hidden_states, logits_of
-from tsparse.sparse.kernels import build
+from tsparse.sparse.kernels import native
 from tsparse.sparse.layout import arrange, leaves_of
 
-NATIVE = build.available()
+NATIVE = native.available()
 CONFIGS = {
   "gemma": dataclasses.replace(GEMMA, tie_embeddings=True, activation="geglu_tanh", query_scalar=7),
   "olmoe": dataclasses.replace(

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
 from tsparse.activations import ACTIVATIONS, PARAMETRIC, activation
-from tsparse.sparse.kernels import build, native, reference
+from tsparse.native import build
+from tsparse.sparse.kernels import native, reference
 from tsparse.sparse.kernels.reference import Neurons, Predictor
 
-pytestmark = pytest.mark.skipif(not build.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 NAMES = ("swiglu", "geglu", "geglu_tanh", "relu", "relu2", "drelu", "shifted_relu:0.3", "fatrelu:0.2")
 SPARSE = tuple(name for name in NAMES if activation(name).exact_zeros)
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -51,13 +53,13 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("level", build.LEVELS)
 @pytest.mark.parametrize(("n", "dim", "rows"), [(1, 64, 33), (3, 37, 1), (8, 7, 130), (13, 200, 70)])
 def test_a_product_equals_that_of_jnp(n, dim, rows, level, dtype):
   x, w = normal(0, n, dim), normal(1, rows, dim, dtype=dtype)
-  out = jax.jit(functools.partial(native.linear, level=native.LEVELS[level]))(x, w)
+  out = jax.jit(functools.partial(native.linear, level=build.LEVELS[level]))(x, w)
   close(out, reference.linear(x, w))
-  alone = jnp.concatenate([native.linear(row[None], w, native.LEVELS[level]) for row in x])
+  alone = jnp.concatenate([native.linear(row[None], w, build.LEVELS[level]) for row in x])
   np.testing.assert_array_equal(out, alone)  # a row does not depend on those beside it
 
 
@@ -78,10 +80,10 @@ def test_every_activation_is_known_to_the_kernels():
   assert {name.partition(":")[0] for name in NAMES} == {*ACTIVATIONS, *PARAMETRIC} == {*native.ACTIVATIONS}
 
 
-@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("level", build.LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_and_predictors_equal_those_of_jnp_on_every_instruction_set(level, dtype):
-  level = native.LEVELS[level]
+  level = build.LEVELS[level]
   args = layer(6, 50, 300, dtype, experts=4, chosen=2, rank=9)
   want, fired = counted(reference, "predictor", "drelu", *args)
   dense, count = counted(native, "off", "drelu", *args, level=level)
@@ -129,7 +131,7 @@ def test_large_products_are_shared_out_among_threads():
 
 
 def test_without_a_compiler_one_line_says_so():
-  probe = "from tsparse.sparse.kernels import build\nassert not build.available() and not build.available()"
+  probe = "from tsparse.sparse.kernels import native\nassert not native.available() and not native.available()"
   env = ENVIRONMENT | {"CXX": "no-such-compiler"}
   done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
   assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
@@ -141,5 +143,5 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
   (tmp_path / "c++").chmod(0o755)
   monkeypatch.setenv("CXX", str(tmp_path / "c++"))
   with pytest.raises(build.BuildError, match=r"failed \(broken\)"):
-    build.library(tmp_path / "cache")
+    build.library(Path(native.__file__).with_name("kernels.cc"), tmp_path / "cache")
   assert not list((tmp_path / "cache").iterdir())

@@ -13,11 +13,11 @@ from tsparse.activations import activation
 from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
 from tsparse.sparse.generate import Decoder
-from tsparse.sparse.kernels import build, table
+from tsparse.sparse.kernels import native, table
 from tsparse.sparse.kernels.table import KERNELS
 from tsparse.sparse.layout import arrange, leaves_of
 
-NAMES = ("native", "reference") if build.available() else ("reference",)
+NAMES = ("native", "reference") if native.available() else ("reference",)
 
 
 def on_mesh():

@@ -6,7 +6,9 @@ Three products and no other: `jax.lax.ragged_dot` costs E times as much on CPU, 
 on GPU it is lowered densely. The lowering is chosen by the platform compiled for, which need not be the one at hand:
 
     tpu       megablox, the Pallas kernel that comes with JAX
-    others    blocks of rows that lie within one group, in loops whose trip counts are traced
+    cpu       float32: our own products (native/grouped.cc), which read and write rows where they are
+    others    blocks of rows that lie within one group, in loops whose trip counts are traced; on CPU too for bfloat16
+              and where there is no C++ compiler
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from tsparse.native import grouped as native
 
 Array = jax.Array
 
@@ -57,7 +61,7 @@ def membership(group_sizes: Array, rows: int, dtype: Any) -> Array:
 
 @jax.custom_vjp
 def _grouped_matmuls(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
-  return lax.platform_dependent(x, ws, group_sizes, tpu=tpu_products, default=block_products)
+  return lax.platform_dependent(x, ws, group_sizes, tpu=tpu_products, cpu=cpu_products, default=block_products)
 
 
 def _forward(*args: Any) -> tuple[tuple[Array, ...], tuple]:
@@ -66,8 +70,9 @@ def _forward(*args: Any) -> tuple[tuple[Array, ...], tuple]:
 
 def _backward(saved: tuple, douts: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:
   x, ws, group_sizes = saved
-  dx = lax.platform_dependent(douts, ws, group_sizes, tpu=tpu_transposed, default=block_transposed)
-  return dx, lax.platform_dependent(x, douts, group_sizes, tpu=tpu_outers, default=block_outers), None
+  dx = lax.platform_dependent(douts, ws, group_sizes, tpu=tpu_transposed, cpu=cpu_transposed, default=block_transposed)
+  dws = lax.platform_dependent(x, douts, group_sizes, tpu=tpu_outers, cpu=cpu_outers, default=block_outers)
+  return dx, dws, None
 
 
 _grouped_matmuls.defvjp(_forward, _backward)
@@ -174,6 +179,26 @@ def block_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tupl
 def _dot(left: Array, of_left: int, right: Array, of_right: int) -> Array:
   """The product of two matrices over one axis of each, in float32."""
   return lax.dot_general(left, right, (((of_left,), (of_right,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def cpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """`block_products`, natively where that can be."""
+  return (native.products if _is_native(x) else block_products)(x, ws, group_sizes)
+
+
+def cpu_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_sizes: Array) -> Array:
+  """`block_transposed`, natively where that can be."""
+  return (native.transposed if _is_native(douts[0]) else block_transposed)(douts, ws, group_sizes)
+
+
+def cpu_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
+  """`block_outers`, natively where that can be."""
+  return (native.outers if _is_native(x) else block_outers)(x, douts, group_sizes)
+
+
+def _is_native(x: Array) -> bool:
+  # all lowerings are traced wherever a model runs: what is not at hand must not be compiled
+  return x.dtype == jnp.float32 and jax.default_backend() == "cpu" and native.available()
 
 
 def tpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:

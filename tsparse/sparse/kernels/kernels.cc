@@ -10,11 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <numeric>
-#include <thread>
 #include <vector>
 
+#include "machine.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -57,39 +56,14 @@ struct Isa {
 #define LANES 4
 #include "rows.inc"
 
-// The best of this machine, or at most `level`: 0 portable, 1 AVX2 and FMA, 2 AVX-512.
 const Isa& isa_of(int64_t level) {
+  switch (best_level(level)) {
 #if defined(__x86_64__)
-  static const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  static const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (level >= 2 && has512) return avx512::isa;
-  if (level >= 1 && has2) return avx2::isa;
+    case kAvx512: return avx512::isa;
+    case kAvx2: return avx2::isa;
 #endif
-  return portable::isa;
-}
-
-// body(i) for i < count, on XLA's threads and this one. This one may be one of XLA's: it never waits for work that has
-// not begun, and what begins late finds nothing left and touches nothing of the caller's.
-template <class Body>
-void parallel(const ffi::ThreadPool& pool_, int64_t count, const Body& body) {
-  auto pool = pool_;
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  if (helpers < 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
+    default: return portable::isa;
   }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  const auto drain = [count, &body](State& s) {
-    for (int64_t i; (i = s.next.fetch_add(1)) < count; s.done.fetch_add(1, std::memory_order_release)) body(i);
-  };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state, drain] { drain(*state); });
-  drain(*state);
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < count;)
-    if (++spins > 256) std::this_thread::yield();
 }
 
 const Rows* rows_of(const Isa& isa, ffi::DataType type) {

@@ -1,9 +1,10 @@
-"""The kernels of kernels.cc as JAX functions: those of reference.py, for CPUs. `build.available` loads them.
+"""The kernels of kernels.cc as JAX functions: those of reference.py, for CPUs. `available` compiles them.
 
 They run on one device. sharded.py wraps a call where arrays are sharded: jit would gather them around it.
 """
 
-import ctypes
+import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -11,24 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from tsparse.activations import Activation
+from tsparse.native import build
+from tsparse.native.build import BEST
 from tsparse.sparse.kernels import reference
 from tsparse.sparse.kernels.reference import MODES, Neurons, Predictor, place
 
-__all__ = ["attend", "feed_forward", "linear", "load", "place", "read"]
+__all__ = ["attend", "available", "feed_forward", "linear", "place", "read"]
 
 Array = jax.Array
 HANDLERS = ("tsparse_linear", "tsparse_feed_forward", "tsparse_attend", "tsparse_read")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "relu", "relu2", "drelu", "shifted_relu", "fatrelu")  # as kernels.cc
-# Instruction sets; the best that the machine has, up to the level given, is used.
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
-BEST = LEVELS["avx512"]
 
 
-def load(path: Path):
-  """Makes the functions of a compiled library known to XLA."""
-  shared = ctypes.CDLL(str(path))
-  for name in HANDLERS:
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(shared, name)), platform="cpu")
+@functools.cache
+def available() -> bool:
+  """Whether these kernels can be used; says once, in one line on stderr, if they cannot and why."""
+  try:
+    build.register(Path(__file__).with_name("kernels.cc"), HANDLERS)
+  except build.BuildError as error:
+    say_fallback("native", str(error))
+    return False
+  return True
+
+
+def say_fallback(kind: str, reason: str):
+  """One line on stderr: there are no kernels of that kind, and why."""
+  print(f"{kind} kernels are not used: {reason}; decoding runs in jnp, where zeros save no time.", file=sys.stderr)
 
 
 def _call(name: str, shapes: list[tuple[int, ...]], *args: Array, level: int, **attributes) -> list[Array]:

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from tsparse.activations import Activation
-from tsparse.sparse.kernels import build, gpu, native, reference, tpu
+from tsparse.sparse.kernels import gpu, native, reference, tpu
 from tsparse.sparse.kernels.reference import Neurons, Predictor
 
 Array = jax.Array
@@ -29,12 +29,12 @@ def best_kernels(dim: int) -> str:
   platform = jax.default_backend()
   name = PLATFORMS.get(platform, "reference")
   if name == "native":
-    return name if build.available() else "reference"
+    return name if native.available() else "reference"
   if name == "tpu" and dim % tpu.LANES:
-    build.say_fallback(name, f"D is {dim}, not a multiple of {tpu.LANES}")
+    native.say_fallback(name, f"D is {dim}, not a multiple of {tpu.LANES}")
     return "reference"
   if name == "reference":
-    build.say_fallback(platform, "there are none")
+    native.say_fallback(platform, "there are none")
   return name
 
 

@@ -1,18 +1,24 @@
-"""Compiles kernels.cc with the system's C++ compiler, once for each machine, source and jaxlib."""
+"""Compiles C++ with the system's compiler, once for each machine, source and jaxlib, and makes it known to XLA.
 
-import functools
+A source is one .cc file beside what only it includes (.inc); machine.h, here, is for all of them.
+"""
+
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", "rows.inc"))
-# No -march: the best instructions are chosen when the kernels run, so a cache folder may be shared between machines.
+HERE = Path(__file__).parent
+# No -march: the best instructions are chosen when the code runs, so a cache folder may be shared between machines.
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
+# Instruction sets, as in machine.h; the best that the machine has, up to the level given, is used.
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+BEST = LEVELS["avx512"]
 
 
 class BuildError(Exception):
@@ -31,8 +37,8 @@ def cache_folder() -> Path:
   return Path(os.environ.get("TSPARSE_CACHE") or Path(base) / "tsparse")
 
 
-def library(cache: Path) -> Path:
-  """The compiled kernels, built if they are not in the folder `cache` yet.
+def library(source: Path, cache: Path) -> Path:
+  """`source` compiled, built if it is not in the folder `cache` yet.
 
   Several processes may build at once: each writes a file of its own, and the last to finish puts an equal one in place.
 
@@ -45,17 +51,18 @@ def library(cache: Path) -> Path:
   cxx = compiler()
   if cxx is None:
     raise BuildError("no C++ compiler was found (set CXX, or install g++ or clang++)")
+  texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.inc")), HERE / "machine.h")]
   try:
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = [*(path.read_text() for path in SOURCES), jaxlib.version.__version__, version, platform.machine(), *FLAGS]
-    target = cache / f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    key = [*texts, jaxlib.version.__version__, version, platform.machine(), *FLAGS]
+    target = cache / f"{source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     if target.exists():
       return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
       built = Path(scratch) / target.name
-      include = ("-isystem", jax.ffi.include_dir())
-      subprocess.run([cxx, *FLAGS, *include, str(SOURCES[0]), "-o", str(built)], capture_output=True, check=True)
+      include = ("-I", str(HERE), "-isystem", jax.ffi.include_dir())
+      subprocess.run([cxx, *FLAGS, *include, str(source), "-o", str(built)], capture_output=True, check=True)
       built.replace(target)
   except subprocess.CalledProcessError as error:
     last = (error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")).strip()
@@ -65,19 +72,14 @@ def library(cache: Path) -> Path:
   return target
 
 
-@functools.cache
-def available() -> bool:
-  """Whether the native kernels can be used; says once, in one line on stderr, if they cannot and why."""
-  from tsparse.sparse.kernels import native
+def register(source: Path, handlers: Sequence[str]):
+  """Makes those functions of `source` known to XLA, for CPUs, under their names.
 
-  try:
-    native.load(library(cache_folder()))
-  except BuildError as error:
-    say_fallback("native", str(error))
-    return False
-  return True
+  Raises:
+    BuildError: see `library`.
+  """
+  import jax.ffi
 
-
-def say_fallback(kind: str, reason: str):
-  """One line on stderr: there are no kernels of that kind, and why."""
-  print(f"{kind} kernels are not used: {reason}; decoding runs in jnp, where zeros save no time.", file=sys.stderr)
+  shared = ctypes.CDLL(str(library(source, cache_folder())))
+  for name in handlers:
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(shared, name)), platform="cpu")

@@ -121,6 +121,9 @@ def measure(experts: int, chosen: int) -> list[dict]:
 
 def main():
   """Measures, prints the table, writes the JSON."""
+  from tsparse.train.allocator import keep_freed_memory
+
+  keep_freed_memory()  # as experiments/run.py does
   rows = [row for experts, chosen in EXPERTS for row in measure(experts, chosen)]
   flops = 6 * TOKENS.value * D_MODEL.value * WIDTH.value
   print(

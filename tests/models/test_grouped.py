@@ -1,6 +1,8 @@
 """The grouped product against its oracle: outputs and gradients, each lowering that can run here."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.conftest import ENVIRONMENT, ROOT
 from tsparse import sharding
 from tsparse.models.grouped import (
   block_outers,
@@ -19,7 +22,10 @@ from tsparse.models.grouped import (
   tpu_outer,
   tpu_product,
 )
+from tsparse.native import build
+from tsparse.native import grouped as native
 
+NATIVE = native.available()
 SIZES = {  # S, rows of each group
   "balanced": (1200, (300, 300, 300, 300)),
   "skewed": (1301, (1, 1171, 33, 96)),
@@ -47,8 +53,20 @@ def near(actual, expected):
   np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-5)
 
 
+@pytest.fixture(params=["native", "blocks"], scope="module")
+def lowering(request):
+  """What CPUs multiply by: our products, or what they have without a compiler."""
+  if request.param == "native" and not NATIVE:
+    pytest.skip("no C++ compiler")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(native, "available", lambda: request.param == "native")
+    jax.clear_caches()  # JAX would not ask again
+    yield request.param
+  jax.clear_caches()
+
+
 @pytest.mark.parametrize("case", SIZES)
-def test_outputs_and_gradients_are_the_oracles(case):
+def test_outputs_and_gradients_are_the_oracles(case, lowering):
   rows, sizes = SIZES[case]
   x, w, dout = operands(rows, len(sizes))
 
@@ -62,7 +80,7 @@ def test_outputs_and_gradients_are_the_oracles(case):
     assert not out[sum(sizes) :].any() and not dx[sum(sizes) :].any()
 
 
-def test_several_matrices_at_once_are_each_of_them_alone():
+def test_several_matrices_at_once_are_each_of_them_alone(lowering):
   rows, sizes = SIZES["rows of no group"]
   sizes = jnp.array(sizes, jnp.int32)
   x, first, dout = operands(rows, len(sizes))
@@ -72,9 +90,73 @@ def test_several_matrices_at_once_are_each_of_them_alone():
     outs, gradient = jax.vjp(products, x, (first, second))
     return outs, *gradient((dout, 2 * dout))
 
-  at_once = outputs(lambda x, ws: grouped_matmuls(x, ws, sizes))
+  def products(x, ws):
+    return grouped_matmuls(x, ws, sizes)
+
+  assert ("tsparse_grouped" in jax.jit(products).lower(x, (first, second)).as_text()) == (lowering == "native")
+  at_once = outputs(products)
   alone = outputs(lambda x, ws: tuple(grouped_matmul_dense(x, w, sizes) for w in ws))
   jax.tree.map(near, at_once, alone)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+@pytest.mark.parametrize("level", build.LEVELS)
+@pytest.mark.parametrize("widths", [(24, 40), (37, 1), (700, 530), (3, 600)])
+@pytest.mark.parametrize("case", ["skewed", "rows of no group"])
+def test_native_products_by_each_instruction_set(case, widths, level):
+  """Widths that are no multiple of a vector or of a tile, and such that are cut in pieces and parts."""
+  rows, sizes = SIZES[case]
+  (x, w, dout), sizes = operands(rows, len(sizes), *widths), jnp.array(sizes, jnp.int32)
+  args = {
+    "products": (block_products, x, (w, 2 * w), sizes),
+    "transposed": (block_transposed, (dout, 2 * dout), (w, w), sizes),
+    "outers": (block_outers, x, (dout, 2 * dout), sizes),
+  }
+  for name, (blocks, *of) in args.items():
+    by_level = functools.partial(getattr(native, name), level=build.LEVELS[level])
+    jax.tree.map(near, jax.jit(by_level)(*of), jax.jit(blocks)(*of))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+@pytest.mark.parametrize("sizes", [(5, 3), (-1, 2), (2, 2, 2)])
+def test_native_products_refuse_groups_that_are_not_those_of_rows_and_matrices(sizes):
+  x, w, _ = operands(7, 2)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="groups are not those"):
+    jax.block_until_ready(native.products(x, (w,), jnp.array(sizes, jnp.int32)))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+def test_native_results_do_not_depend_on_the_threads():
+  """The same bits by one thread and by several, which cut the work otherwise."""
+  program = """
+import jax, jax.numpy as jnp
+from tests.models.test_grouped import operands
+from tsparse.native import grouped
+x, w, dout = operands(1301, 3, 700, 530)
+sizes = jnp.array([1, 1171, 100], jnp.int32)
+outs = *grouped.products(x, (w,), sizes), grouped.transposed((dout,), (w,), sizes), *grouped.outers(x, (dout,), sizes)
+print([hash(out.tobytes()) for out in jax.device_get(outs)])
+"""
+  printed = {
+    subprocess.run(
+      [sys.executable, "-c", program],
+      cwd=ROOT,
+      env=ENVIRONMENT | {"NPROC": threads, "PYTHONHASHSEED": "0", "XLA_FLAGS": ""},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for threads in ("1", "2", "5")
+  }
+  assert len(printed) == 1
+
+
+def test_without_a_compiler_one_line_says_that_blocks_are_multiplied():
+  program = "from tsparse.native import grouped\nassert not grouped.available() and not grouped.available()"
+  env = ENVIRONMENT | {"CXX": "no-such-compiler"}
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+  assert done.stderr.startswith("native products are not used: no C++ compiler")
 
 
 @pytest.mark.parametrize("case", ["skewed", "empty", "rows of no group", "fewer rows than a block", "no rows"])
@@ -88,7 +170,7 @@ def test_the_kernel_for_tpu_interpreted_gives_the_same(case):
 
 
 def test_each_platform_gets_its_lowering():
-  """Compiling for a TPU needs none: the gradient is three kernels there, and none elsewhere."""
+  """Compiling for a TPU needs none: the gradient is three kernels there, and none elsewhere in 16 bits."""
   x, w, _ = operands(1000, 4, dim=128, width=256)
   gradient = jax.jit(jax.grad(lambda x, w: grouped_matmul(x, w, jnp.array([0, 500, 100, 400])).sum(), argnums=(0, 1)))
   traced = gradient.trace(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))

@@ -183,22 +183,17 @@ def _dot(left: Array, of_left: int, right: Array, of_right: int) -> Array:
 
 def cpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
   """`block_products`, natively where that can be."""
-  return (native.products if _is_native(x) else block_products)(x, ws, group_sizes)
+  return (native.products if native.usable(x) else block_products)(x, ws, group_sizes)
 
 
 def cpu_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_sizes: Array) -> Array:
   """`block_transposed`, natively where that can be."""
-  return (native.transposed if _is_native(douts[0]) else block_transposed)(douts, ws, group_sizes)
+  return (native.transposed if native.usable(douts[0]) else block_transposed)(douts, ws, group_sizes)
 
 
 def cpu_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
   """`block_outers`, natively where that can be."""
-  return (native.outers if _is_native(x) else block_outers)(x, douts, group_sizes)
-
-
-def _is_native(x: Array) -> bool:
-  # all lowerings are traced wherever a model runs: what is not at hand must not be compiled
-  return x.dtype == jnp.float32 and jax.default_backend() == "cpu" and native.available()
+  return (native.outers if native.usable(x) else block_outers)(x, douts, group_sizes)
 
 
 def tpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:

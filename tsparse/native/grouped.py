@@ -26,6 +26,14 @@ def available() -> bool:
   return True
 
 
+def usable(x: Array) -> bool:
+  """Whether products with x can be had here: float32, on a CPU.
+
+  All lowerings are traced wherever a model runs, and what runs on an accelerator needs no compiler.
+  """
+  return x.dtype == jnp.float32 and jax.default_backend() == "cpu" and available()
+
+
 def products(x: Array, ws: Sequence[Array], group_sizes: Array, level: int = build.BEST) -> tuple[Array, ...]:
   """x[s] @ w[e] for each w: [S, D], [E, D, F] -> [S, F]."""
   shapes = [(x.shape[0], w.shape[2]) for w in ws]

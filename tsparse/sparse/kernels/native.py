@@ -1,6 +1,6 @@
 """The kernels of kernels.cc as JAX functions: those of reference.py, for CPUs. `available` compiles them.
 
-They run on one device. sharded.py wraps a call where arrays are sharded: jit would gather them around it.
+They run on one device. table.py wraps a call where arrays are sharded: jit would gather them around it.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Compiles C++ with the system's compiler, once for each machine, source and jaxlib, and makes it known to XLA.
 
-A source is one .cc file beside what only it includes (.inc); machine.h, here, is for all of them.
+A source is one .cc file beside what only it includes (.inc); the headers here are for all of them.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ def library(source: Path, cache: Path) -> Path:
   cxx = compiler()
   if cxx is None:
     raise BuildError("no C++ compiler was found (set CXX, or install g++ or clang++)")
-  texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.inc")), HERE / "machine.h")]
+  texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.inc")), *sorted(HERE.glob("*.h")))]
   try:
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     key = [*texts, jaxlib.version.__version__, version, platform.machine(), *FLAGS]
@@ -61,7 +61,7 @@ def library(source: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
       built = Path(scratch) / target.name
-      include = ("-I", str(HERE), "-isystem", jax.ffi.include_dir())
+      include = ("-I", str(HERE), "-I", str(source.parent), "-isystem", jax.ffi.include_dir())
       subprocess.run([cxx, *FLAGS, *include, str(source), "-o", str(built)], capture_output=True, check=True)
       built.replace(target)
   except subprocess.CalledProcessError as error:

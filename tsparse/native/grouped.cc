@@ -33,38 +33,8 @@ float* scratch(int64_t size) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
 }
 
-using Product = void (*)(Matrix a, Matrix b, int64_t m, int64_t n, int64_t depth, bool add, float* out, int64_t stride);
-
-#if defined(__x86_64__)
-#define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
-#define LANES 16
-#include "product.inc"
-#undef ISA
-#undef TARGET
-#undef LANES
-#define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#include "product.inc"
-#undef ISA
-#undef TARGET
-#undef LANES
-#endif
-#define ISA portable
-#define TARGET
-#define LANES 4
-#include "product.inc"
-
-Product product_of(int64_t level) {
-  switch (best_level(level)) {
-#if defined(__x86_64__)
-    case kAvx512: return avx512::product;
-    case kAvx2: return avx2::product;
-#endif
-    default: return portable::product;
-  }
-}
+#define INSTRUCTIONS "product.inc"
+#include "isas.h"
 
 struct Term {
   Matrix a, b;
@@ -95,7 +65,7 @@ void compute(ffi::ThreadPool pool, int64_t level, const std::vector<Sum>& sums) 
       for (int64_t i = 0; i < sum.m; i += m)
         pieces.push_back({&sum, i, j, std::min(m, sum.m - i), std::min(n, sum.n - j)});
   }
-  const Product product = product_of(level);
+  const auto product = BEST(level, product);
   parallel(pool, pieces.size(), [&](int64_t p) {
     const auto [sum, i, j, m, n] = pieces[p];
     for (size_t t = 0; t < sum->terms.size(); ++t)
@@ -118,7 +88,8 @@ bool fit(const Sizes& sizes, int64_t experts, int64_t rows) {
   return rows >= 0;
 }
 ffi::Error refused() {
-  return ffi::Error::InvalidArgument("grouped products: not float32, or the groups are not those of the matrices and rows");
+  return ffi::Error::InvalidArgument(
+      "grouped products: not float32, or the groups are not those of the matrices and rows");
 }
 
 // f(e, first row, rows) for each group; returns the rows of all.
@@ -141,7 +112,8 @@ ffi::Error Products(ffi::ThreadPool pool, int64_t level, Sizes sizes, Floats x, 
     const int64_t F = w->dimensions()[2];
     float* to = (*out)->typed_data();
     const int64_t end = for_groups(sizes, [&](int64_t e, int64_t first, int64_t rows) {
-      sums.push_back({{{{x.typed_data() + first * D, D, 1}, {w->typed_data() + e * D * F, F, 1}}}, rows, F, D, to + first * F});
+      sums.push_back({{{{x.typed_data() + first * D, D, 1}, {w->typed_data() + e * D * F, F, 1}}}, rows, F, D,
+                      to + first * F});
     });
     std::fill(to + end * F, to + S * F, 0.0f);
   }
@@ -187,28 +159,10 @@ ffi::Error Outers(ffi::ThreadPool pool, int64_t level, Sizes sizes, Floats x, ff
   return ffi::Error::Success();
 }
 
+auto grouped() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("level").Arg<Sizes>(); }
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_products, Products,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("level")
-                                  .Arg<Sizes>()
-                                  .Arg<Floats>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_transposed, Transposed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("level")
-                                  .Arg<Sizes>()
-                                  .RemainingArgs()
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_outers, Outers,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("level")
-                                  .Arg<Sizes>()
-                                  .Arg<Floats>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_products, Products, grouped().Arg<Floats>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_transposed, Transposed, grouped().RemainingArgs().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tsparse_grouped_outers, Outers, grouped().Arg<Floats>().RemainingArgs().RemainingRets());

@@ -35,36 +35,8 @@ struct Isa {
   uint64_t (*read_all)(const void* data, int64_t bytes);
 };
 
-#if defined(__x86_64__)
-#define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
-#define LANES 16
-#include "rows.inc"
-#undef ISA
-#undef TARGET
-#undef LANES
-#define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#include "rows.inc"
-#undef ISA
-#undef TARGET
-#undef LANES
-#endif
-#define ISA portable
-#define TARGET
-#define LANES 4
-#include "rows.inc"
-
-const Isa& isa_of(int64_t level) {
-  switch (best_level(level)) {
-#if defined(__x86_64__)
-    case kAvx512: return avx512::isa;
-    case kAvx2: return avx2::isa;
-#endif
-    default: return portable::isa;
-  }
-}
+#define INSTRUCTIONS "rows.inc"
+#include "isas.h"
 
 const Rows* rows_of(const Isa& isa, ffi::DataType type) {
   if (type == ffi::DataType::F32) return &isa.float32;
@@ -103,7 +75,7 @@ void product(const ffi::ThreadPool& pool, const Rows& rows, const void* matrix, 
 
 ffi::Error Linear(ffi::ThreadPool pool, int64_t level, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w,
                   ffi::Result<ffi::Buffer<ffi::F32>> out) {
-  const Rows* rows = rows_of(isa_of(level), w.element_type());
+  const Rows* rows = rows_of(BEST(level, isa), w.element_type());
   if (!rows) return ffi::Error::InvalidArgument("weights must be float32 or bfloat16");
   const int64_t n = x.dimensions()[0], size = x.dimensions()[1], total = w.dimensions()[0];
   thread_local std::vector<float> arranged;
@@ -204,7 +176,7 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
                        ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer down, ffi::RemainingArgs predictor,
                        ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> fired) {
   const auto type = gate.element_type();
-  const Rows* rows = rows_of(isa_of(level), type);
+  const Rows* rows = rows_of(BEST(level, isa), type);
   if (!rows || up.element_type() != type || down.element_type() != type)
     return ffi::Error::InvalidArgument("weights must all be float32 or all be bfloat16");
   const int64_t tokens = x.dimensions()[0], D = x.dimensions()[1], k = chosen.dimensions()[1];
@@ -281,7 +253,7 @@ ffi::Error FeedForward(ffi::ThreadPool pool, int64_t level, int64_t activation, 
 ffi::Error Attend(ffi::ThreadPool pool, int64_t level, int64_t window, float scale, float cap,
                   ffi::Buffer<ffi::F32> query, ffi::Buffer<ffi::F32> key, ffi::Buffer<ffi::F32> value,
                   ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::Buffer<ffi::F32>> out) {
-  const Isa& isa = isa_of(level);
+  const Isa& isa = BEST(level, isa);
   const auto dims = key.dimensions();  // [B, K, S, H]
   const int64_t heads = dims[1], length = dims[2], H = dims[3], group = query.dimensions()[1] / heads;
   const int64_t total = dims[0] * heads, step = std::clamp<int64_t>(kPiece / (8 * length * H), 1, total);
@@ -297,7 +269,7 @@ ffi::Error Attend(ffi::ThreadPool pool, int64_t level, int64_t window, float sca
 }
 
 ffi::Error Read(ffi::ThreadPool pool, int64_t level, ffi::AnyBuffer data, ffi::Result<ffi::Buffer<ffi::U32>> out) {
-  const Isa& isa = isa_of(level);
+  const Isa& isa = BEST(level, isa);
   const int64_t bytes = data.size_bytes(), step = 1 << 20;
   std::atomic<uint64_t> total{0};
   parallel(pool, (bytes + step - 1) / step, [&](int64_t i) {

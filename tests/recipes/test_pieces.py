@@ -1,5 +1,7 @@
 """The formulas of the recipes against numpy, with their gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from tsparse.models.threshold import jump
 from tsparse.models.transformer import REMAT
 from tsparse.recipes import penalties, swap, thresholds
 from tsparse.recipes.controller import INTEGRAL, PROPORTIONAL, SMOOTHING, Controller
-from tsparse.recipes.distill import Read, distilled_cross_entropy
+from tsparse.recipes.distill import Read, summed_distillation
 from tsparse.recipes.lowrank import low_rank
 from tsparse.recipes.start import RIDGE, energy, refitted, threshold
 
@@ -122,7 +124,8 @@ def reads():
 
 def test_distillation_is_that_of_the_whole_logits(reads):
   student, teacher, targets = reads
-  weight = RNG.normal(size=targets.shape).astype(np.float32)
+  counted = RNG.random(targets.shape) < 0.7
+  weight, z_weight = 0.7, 1e-2
 
   def oracle(hidden, head, temperature, top_k):
     logits = 3.0 * jnp.tanh(jnp.einsum("btd,dv->btv", hidden, head) / 3.0)
@@ -133,40 +136,39 @@ def test_distillation_is_that_of_the_whole_logits(reads):
       index = jnp.argsort(-p)[..., :top_k]
       p, q = (jnp.take_along_axis(x, index, -1) for x in (p, q))
       p, q = (jnp.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
-    return nll, jax.nn.logsumexp(logits, axis=-1), jnp.sum(p * jnp.log(p / q), -1)
+    by_token = nll, jax.nn.logsumexp(logits, axis=-1) ** 2, weight * temperature**2 * jnp.sum(p * jnp.log(p / q), -1)
+    nll, z, kl = (x[counted].sum() for x in by_token)
+    return (1 - weight) * nll + z_weight * z + kl, (nll, z, kl)
 
   def with_gradient(f):
-    """Outputs of f(hidden, head) and the gradient of a mix of them."""
-
-    def mix(*args):
-      found = f(*args)
-      return jnp.sum(weight * (0.3 * found[0] + 0.7 * found[2])), tuple(found)
-
-    return jax.jit(jax.grad(mix, (0, 1), has_aux=True))(student.hidden, student.head)
+    return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(student.hidden, student.head)
 
   whole = None
   for temperature, top_k in ((2.0, 0), (2.0, 7)):
+    options = {"temperature": temperature, "top_k": top_k}
 
-    def ours(hidden, head, temperature=temperature, top_k=top_k):
-      return distilled_cross_entropy(Read(hidden, head, 3.0), teacher, targets, temperature, top_k)
+    def ours(hidden, head, options=options):
+      return summed_distillation(Read(hidden, head, 3.0), teacher, targets, counted, weight, z_weight, **options)
 
-    (gradient, found), (theirs, wanted) = map(with_gradient, (ours, lambda *a: oracle(*a, temperature, top_k)))  # noqa: B023
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, wanted)
+    (found, gradient), (wanted, theirs) = map(with_gradient, (ours, functools.partial(oracle, **options)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), found, wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), gradient, theirs)
-    assert whole is None or (found[2] <= whole + 1e-5).all()  # telling fewer tokens apart loses divergence
-    whole = found[2] if whole is None else whole
-  same = distilled_cross_entropy(teacher, teacher, targets)[2]
-  np.testing.assert_allclose(same, 0, atol=1e-5)
+    assert whole is None or found[1][2] <= whole + 1e-5  # telling fewer tokens apart loses divergence
+    whole = found[1][2]
+  same = summed_distillation(teacher, teacher, targets, counted, weight)[1][2]
+  np.testing.assert_allclose(same, 0, atol=1e-3)
 
 
 def test_distillation_never_holds_the_logits_of_a_batch(reads):
   student, teacher, targets = reads
-  program = jax.make_jaxpr(
-    jax.grad(lambda h: distilled_cross_entropy(student._replace(hidden=h), teacher, targets)[2].sum())
-  )
+
+  def loss(hidden):
+    return summed_distillation(student._replace(hidden=hidden), teacher, targets, targets >= 0, 0.7)[0]
+
   from tests.train.test_step import arrays
 
-  sizes = [aval.size for aval in arrays(program(student.hidden).jaxpr) if 40 in aval.shape and aval.ndim > 2]
+  program = jax.make_jaxpr(jax.grad(loss))(student.hidden)
+  sizes = [aval.size for aval in arrays(program.jaxpr) if 40 in aval.shape and aval.ndim > 2]
   assert sizes and max(sizes) < targets.size * 40
 
 

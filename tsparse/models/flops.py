@@ -9,10 +9,10 @@ FLOPS_DEFINITION = (
   "2 for each multiply-add of a matrix product. Forward, for one token: 2 x (weights of attention, head, router and "
   "predictors, and of the FFNs, of routed experts those the token meets), plus 4 L N H T for the scores of attention "
   "and what they weigh, the whole row counted although half is masked; a training step is 3 times that (PaLM, arXiv "
-  "2204.02311, appendix B). `executed` is what this program does: every expert where all are computed, the head and "
-  "the scores again in the backward pass, with remat `full` all layers again; on TPU only the blocks of scores that "
-  "are not masked whole, but 11 products of them in a step, not 8. `sparse` is `model` with the FFNs times "
-  "1 - zero_fraction: where the hidden of dReLU is zero so are its gradients; finding the zeros is not counted"
+  "2204.02311, appendix B). `executed` is what this program does: every expert where all are computed, the scores "
+  "again in the backward pass, with remat `full` all layers again; on TPU only the blocks of scores that are not "
+  "masked whole, but 11 products of them in a step, not 8. `sparse` is `model` with the FFNs times 1 - zero_fraction: "
+  "where the hidden of dReLU is zero so are its gradients; finding the zeros is not counted"
 )
 
 
@@ -53,7 +53,7 @@ def training_flops(
     attention = layer * 11 / 2 * sum(tpu_share(seq_len, window) for window in config.windows)
   else:  # 2 forward, 2 again, 4 backward
     attention = 4 * scores
-  again = done["head"] if config.remat != "full" else others
+  again = others - done["head"] if config.remat == "full" else 0.0
   ffn = sum(needed[name] for name in FFNS)
   return {
     "model": 3 * tokens * sum(needed.values()),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tsparse.models.loss import block_logits, by_blocks, logit_of
+from tsparse.models.loss import block_logits, by_blocks, logit_of, summed_by_blocks
 
 Array = jax.Array
 
@@ -30,51 +30,62 @@ class Read(NamedTuple):
   cap: float = 0.0
 
 
-def distilled_cross_entropy(
-  student: Read, teacher: Read, targets: Array, temperature: float = 1.0, top_k: int = 0
-) -> tuple[Array, Array, Array]:
-  """Cross-entropy of the student and its divergence from the teacher, which has no gradient.
+def summed_distillation(
+  student: Read,
+  teacher: Read,
+  targets: Array,
+  counted: Array,
+  weight: float,
+  z_weight: float = 0.0,
+  temperature: float = 1.0,
+  top_k: int = 0,
+) -> tuple[Array, tuple[Array, Array, Array]]:
+  """Sum over the counted targets of the loss above, plus z_weight * (log Z)^2, and the sums of its terms.
 
   Args:
-    student: has gradients.
+    student: alone has gradients.
     teacher: of the same vocabulary.
     targets: [B, T] int32.
+    counted: [B, T] bool.
+    weight: w.
+    z_weight: of the squares of the student's log Z (at temperature 1).
     temperature: T.
     top_k: if not 0, the divergence is that of distributions over the teacher's `top_k` likeliest tokens and the rest
-      as one: never more than the whole (information is only lost), and the backward pass needs no logits of the
-      teacher, only [B, T, top_k] of its log-probabilities.
+      as one: never more than the whole (information is only lost), and while the student's logits exist the teacher is
+      [B, T', top_k] of its log-probabilities only.
 
   Returns:
-    -log p(target), log Z of the student (at temperature 1) and KL in nats, [B, T] float32 each.
+    The loss, and without a gradient -log p(target), (log Z)^2 and w T^2 KL: [] float32 each.
   """
-  teacher = teacher._replace(hidden=jax.lax.stop_gradient(teacher.hidden), head=jax.lax.stop_gradient(teacher.head))
 
-  def of_student(head, x, target):
-    logits = block_logits(head, x, student.cap)
+  def losses(logits, target, counted, kl):
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    return logits, log_z - logit_of(logits, target), log_z
+    by_token = log_z - logit_of(logits, target), jnp.square(log_z), weight * temperature**2 * kl
+    nll, z, kl = (jnp.sum(x, where=counted) for x in by_token)
+    return (1 - weight) * nll + z_weight * z + kl, (nll, z, kl)
 
-  def whole(heads, x, of_teacher, target):
-    logits, nll, log_z = of_student(heads[0], x, target)
-    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(block_logits(heads[1], of_teacher, teacher.cap) / temperature))
+  def whole(head, x, of_teacher, target, counted, theirs):
+    logits = block_logits(head, x, student.cap)
+    log_p = jax.nn.log_softmax(block_logits(of_teacher, theirs, teacher.cap) / temperature)
     kl = jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits / temperature)), axis=-1)
-    return nll, log_z, kl
+    return losses(logits, target, counted, kl)
 
   def likeliest(head, x):
     return jax.lax.top_k(jax.nn.log_softmax(block_logits(head, x, teacher.cap) / temperature), top_k)
 
-  def coarse(head, x, log_p, index, target):
-    logits, nll, log_z = of_student(head, x, target)
+  def coarse(head, x, _, target, counted, log_p, index):
+    logits = block_logits(head, x, student.cap)
     log_q = jnp.take_along_axis(jax.nn.log_softmax(logits / temperature), index, axis=-1)  # [B, T', k]
     rest_p, rest_q = _log_rest(log_p), _log_rest(log_q)
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) + jnp.exp(rest_p) * (rest_p - rest_q)
-    return nll, log_z, kl
+    return losses(logits, target, counted, kl)
 
-  read = (student.hidden, "BTD"), (teacher.hidden, "BTD"), (targets, "BT")
+  of_targets = (targets, "BT"), (counted, "BT")
   if not top_k:
-    return by_blocks(whole, (student.head, teacher.head), *read)
-  log_p, index = jax.lax.stop_gradient(by_blocks(likeliest, teacher.head, read[1]))  # [B, T, k]
-  return by_blocks(coarse, student.head, read[0], (log_p, "BTL"), (index, "BTL"), read[2])
+    theirs = (teacher.hidden, "BTD")
+    return summed_by_blocks(whole, student.head, student.hidden, *of_targets, theirs, fixed=teacher.head)
+  log_p, index = by_blocks(likeliest, teacher.head, (teacher.hidden, "BTD"))  # [B, T, k]
+  return summed_by_blocks(coarse, student.head, student.hidden, *of_targets, (log_p, "BTL"), (index, "BTL"))
 
 
 def _log_rest(log_p: Array) -> Array:

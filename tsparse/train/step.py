@@ -17,11 +17,11 @@ from tsparse.models.counts import (
   zero_fraction,
   zero_fraction_per_layer,
 )
-from tsparse.models.loss import scored
+from tsparse.models.loss import scored, summed_cross_entropy
 from tsparse.models.router import Jitter, router_balance_loss, router_z_loss
-from tsparse.models.transformer import Transformer, ffn_passes, final_hidden, head_of, token_losses
+from tsparse.models.transformer import Transformer, ffn_passes, final_hidden, head_of
 from tsparse.recipes import guards
-from tsparse.recipes.distill import Read, distilled_cross_entropy
+from tsparse.recipes.distill import Read, summed_distillation
 from tsparse.recipes.match import matching_loss
 from tsparse.recipes.recipe import Recipe
 from tsparse.recipes.teacher import Teacher
@@ -118,18 +118,18 @@ def summed_loss(
       teacher_hidden = jax.lax.stop_gradient(final_hidden(extra.teacher.model, theirs, batch)[0])
 
   def whole(params: Any) -> tuple[jax.Array, Sums]:
-    added = {}
+    hidden, counts, router = final_hidden(model, params, batch, **asked)
+    read, z_weight = _read(model, params, hidden), weights.get("z_loss", 0.0)
     if distill:
-      hidden, counts, router = final_hidden(model, params, batch, **asked)
-      reads = _read(model, params, hidden), _read(extra.teacher.model, theirs, teacher_hidden)
-      recipe = extra.recipe
-      nll, log_z, kl = distilled_cross_entropy(*reads, batch["targets"], recipe.temperature, recipe.top_k)
-      added["distillation"] = distill * recipe.temperature**2 * jnp.sum(kl, where=counted)
+      recipe, of_teacher = extra.recipe, _read(extra.teacher.model, theirs, teacher_hidden)
+      how = distill, z_weight, recipe.temperature, recipe.top_k
+      loss, (nll, z_loss, kl) = summed_distillation(read, of_teacher, batch["targets"], counted, *how)
+      included, added = {"z_loss": z_loss, "distillation": kl}, {}
     else:
-      nll, log_z, counts, router = token_losses(model, params, batch, **asked)  # [B, T]
+      loss, (nll, z_loss) = summed_cross_entropy(*read[:2], batch["targets"], counted, z_weight, read.cap)
+      included, added = {"z_loss": z_loss}, {}
     penalty = penalty_per_layer(counts) if extra and extra.weights is not None else None
     counts = jax.lax.stop_gradient({kind: c.replace(penalty=None) for kind, c in counts.items()})
-    added["z_loss"] = jnp.sum(jnp.square(log_z), where=counted)
     if with_router or penalty is not None:
       tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32), 1)
     if with_router:
@@ -137,9 +137,8 @@ def summed_loss(
       added["router_balance_loss"] = sharing * router_balance_loss(router, counts["ffn"].routed, tokens)
     if penalty is not None:
       added["sparsity_penalty"] = sharing * jnp.sum(extra.weights * penalty) / tokens
-    sums = Sums(nll=jnp.sum(nll, where=counted), added=added, counts=counts)
-    loss = (1 - distill) * sums.nll if distill else sums.nll
-    return loss + sum(weights.get(name, 1.0) * term for name, term in added.items()), sums
+    loss += sum(weights.get(name, 1.0) * term for name, term in added.items())
+    return loss, Sums(nll=nll, added=included | added, counts=counts)
 
   if not passes:
     return whole(params)

@@ -12,8 +12,20 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from tests.gpu import lowered_for_gpu
 from tsparse import sharding
 from tsparse.models import attention as attention_module
-from tsparse.models.attention import Rule, attention, cpu_attention, cuda_attention, tpu_attention, xla_attention
+from tsparse.models.attention import (
+  Rule,
+  attention,
+  cpu_attention,
+  cuda_attention,
+  native_attention,
+  tpu_attention,
+  xla_attention,
+)
+from tsparse.native import attention as native
+from tsparse.native import build, library
 from tsparse.train import topology
+
+NEEDS_COMPILER = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 
 
 def operands(time, heads, kv_heads, head_dim, rows=2, dtype=jnp.float32):
@@ -67,6 +79,55 @@ def test_blocks_of_queries_give_the_same(shape, rule):
   args = operands(*shape)
   blocks = jax.jit(functools.partial(outputs, functools.partial(cpu_attention, rule)))
   jax.tree.map(near, blocks(*args), outputs(functools.partial(xla_attention, rule), *args))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("level", build.LEVELS)
+@pytest.mark.parametrize(
+  ("shape", "window"),
+  [((200, 4, 2, 24), 0), ((300, 2, 1, 16), 130), ((49, 6, 2, 7), 3), ((1, 1, 1, 1), 0), ((97, 2, 2, 700), 0)],
+)
+def test_native_attention_by_each_instruction_set(shape, window, level):
+  """Lengths that are no multiple of a block or of a vector; a head_dim above the depth of a panel."""
+  *args, ids, dout = operands(*shape)
+  level, scale = build.LEVELS[level], shape[3] ** -0.5
+  expected = outputs(functools.partial(xla_attention, Rule(window, scale, 0.0)), *args, ids, dout)
+  near(native.forward(scale, window, *args, ids, level=level), expected[0])
+  jax.tree.map(near, tuple(native.backward(scale, window, *args, ids, dout, level=level)), expected[1:])
+
+
+@NEEDS_COMPILER
+def test_native_attention_sees_segments_in_any_order_and_never_hides_a_nan():
+  query, key, value, _, dout = operands(160, 2, 1, 8)
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 160)), jnp.int32)
+  rule = Rule(0, 0.3, 0.0)
+  expected = outputs(functools.partial(xla_attention, rule), query, key, value, ids, dout)
+  jax.tree.map(near, outputs(functools.partial(native_attention, rule), query, key, value, ids, dout), expected)
+  out = native.forward(0.3, 0, query, key.at[1, 100, 0, 0].set(jnp.nan), value, ids * 0)
+  assert jnp.isnan(out[1, 100:]).all() and not jnp.isnan(out[1, :100]).any() and not jnp.isnan(out[0]).any()
+
+
+@NEEDS_COMPILER
+def test_native_attention_refuses_shapes_that_do_not_fit_together():
+  query, key, value, ids, _ = operands(16, 4, 2, 8)
+  for args in ((query[:, :, :3], key, value, ids), (query, key, value[:, :8], ids), (query, key, value, ids[:1])):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit together"):
+      jax.block_until_ready(native.forward(1.0, 0, *args))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(("cap", "dtype", "expected"), [(0.0, "float32", 2), (2.0, "float32", 0), (0.0, "bfloat16", 0)])
+def test_cpus_attend_natively_where_they_can(cap, dtype, expected):
+  """Forward and backward are a call each, alone and on each device of a mesh, and give what one device gives."""
+  args = operands(64, 4, 2, 16, rows=4, dtype=dtype)
+  attend = jax.jit(functools.partial(outputs, functools.partial(attention, cap=cap)))
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 2, "expert": 2})
+  with jax.set_mesh(mesh):
+    assert attend.lower(*args).as_text().count("@tsparse_attention") == expected
+    sharded = jax.device_get(attend(*args))
+  assert attend.lower(*args).as_text().count("@tsparse_attention") == expected
+  if expected:
+    jax.tree.map(np.testing.assert_array_equal, sharded, jax.device_get(attend(*args)))
 
 
 @SHAPES

@@ -1,8 +1,6 @@
 """The grouped product against its oracle: outputs and gradients, each lowering that can run here."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.conftest import ENVIRONMENT, ROOT
 from tsparse import sharding
 from tsparse.models.grouped import (
   block_outers,
@@ -22,10 +19,10 @@ from tsparse.models.grouped import (
   tpu_outer,
   tpu_product,
 )
-from tsparse.native import build
+from tsparse.native import build, library
 from tsparse.native import grouped as native
 
-NATIVE = native.available()
+NATIVE = library.available()
 SIZES = {  # S, rows of each group
   "balanced": (1200, (300, 300, 300, 300)),
   "skewed": (1301, (1, 1171, 33, 96)),
@@ -59,7 +56,7 @@ def lowering(request):
   if request.param == "native" and not NATIVE:
     pytest.skip("no C++ compiler")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(native, "available", lambda: request.param == "native")
+    patch.setattr(library, "available", lambda: request.param == "native")
     jax.clear_caches()  # JAX would not ask again
     yield request.param
   jax.clear_caches()
@@ -123,40 +120,6 @@ def test_native_products_refuse_groups_that_are_not_those_of_rows_and_matrices(s
   x, w, _ = operands(7, 2)
   with pytest.raises(jax.errors.JaxRuntimeError, match="groups are not those"):
     jax.block_until_ready(native.products(x, (w,), jnp.array(sizes, jnp.int32)))
-
-
-@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
-def test_native_results_do_not_depend_on_the_threads():
-  """The same bits by one thread and by several, which cut the work otherwise."""
-  program = """
-import jax, jax.numpy as jnp
-from tests.models.test_grouped import operands
-from tsparse.native import grouped
-x, w, dout = operands(1301, 3, 700, 530)
-sizes = jnp.array([1, 1171, 100], jnp.int32)
-outs = *grouped.products(x, (w,), sizes), grouped.transposed((dout,), (w,), sizes), *grouped.outers(x, (dout,), sizes)
-print([hash(out.tobytes()) for out in jax.device_get(outs)])
-"""
-  printed = {
-    subprocess.run(
-      [sys.executable, "-c", program],
-      cwd=ROOT,
-      env=ENVIRONMENT | {"NPROC": threads, "PYTHONHASHSEED": "0", "XLA_FLAGS": ""},
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout
-    for threads in ("1", "2", "5")
-  }
-  assert len(printed) == 1
-
-
-def test_without_a_compiler_one_line_says_that_blocks_are_multiplied():
-  program = "from tsparse.native import grouped\nassert not grouped.available() and not grouped.available()"
-  env = ENVIRONMENT | {"CXX": "no-such-compiler"}
-  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
-  assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-  assert done.stderr.startswith("native products are not used: no C++ compiler")
 
 
 @pytest.mark.parametrize("case", ["skewed", "empty", "rows of no group", "fewer rows than a block", "no rows"])

@@ -11,7 +11,8 @@ The lowering is chosen by the platform compiled for, which need not be the one a
               shorter than the row. Chosen by reading, never measured: cuDNN's, which jax.nn.dot_product_attention
               reaches, is said to be faster, but takes segments only as a mask [B, 1, T, T] and cannot even be traced,
               let alone tested, where cuDNN is not installed
-    cpu       blocks of queries, each against the keys that it may see at all: half of the scores, or less with a window
+    cpu       blocks of queries, each against the keys that it may see at all: half of the scores, less with a window;
+              by native/attention.cc for float32 models without softcap where there is a C++ compiler, else by XLA
     others    the scores [B, N, T, T], by XLA: the oracle, and the fallback of the first two
 
 On a mesh a kernel runs on each device's rows and heads. Where rows or heads do not divide (the single row of
@@ -29,6 +30,8 @@ from jax import lax
 
 from tsparse import sharding
 from tsparse.models.layers import softcap
+from tsparse.native import attention as native
+from tsparse.native.library import usable
 
 Array = jax.Array
 
@@ -116,7 +119,10 @@ def _by_platform(rule: Rule, make: Callable, query: Array, key: Array, *others: 
     for platform, kernel in {"tpu": tpu_attention, "cuda": cuda_attention}.items()
     if has_kernel(platform, rule, query.dtype) and _splits(query, key)
   }
-  by_blocks = make(functools.partial(cpu_attention, rule))
+  if not rule.cap and _splits(query, key) and usable(query):
+    by_blocks = _per_device(make(functools.partial(native_attention, rule)))
+  else:
+    by_blocks = make(functools.partial(cpu_attention, rule))
   return lax.platform_dependent(query, key, *others, **by_kernel, cpu=by_blocks, default=by_xla)
 
 
@@ -244,6 +250,18 @@ def _weights(rule: Rule, mask: Array, scores: Array) -> Array:
   """softmax of products of queries and keys [B, K, N/K t, s], float32, where mask [B, 1, 1, t, s]."""
   grouped = softcap(scores * rule.scale, rule.cap).reshape(*scores.shape[:2], -1, *mask.shape[-2:])
   return jax.nn.softmax(jnp.where(mask, grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape), axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def native_attention(rule: Rule, query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
+  """`attention` by native code, which knows no softcap."""
+  return native.forward(rule.scale, rule.window, query, key, value, segment_ids)
+
+
+native_attention.defvjp(
+  lambda rule, *args: (native_attention(rule, *args), args),
+  lambda rule, args, dout: (*native.backward(rule.scale, rule.window, *args, dout), None),
+)
 
 
 def tpu_attention(

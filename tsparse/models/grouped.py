@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tsparse.native import grouped as native
+from tsparse.native.library import usable
 
 Array = jax.Array
 
@@ -183,17 +184,17 @@ def _dot(left: Array, of_left: int, right: Array, of_right: int) -> Array:
 
 def cpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
   """`block_products`, natively where that can be."""
-  return (native.products if native.usable(x) else block_products)(x, ws, group_sizes)
+  return (native.products if usable(x) else block_products)(x, ws, group_sizes)
 
 
 def cpu_transposed(douts: tuple[Array, ...], ws: tuple[Array, ...], group_sizes: Array) -> Array:
   """`block_transposed`, natively where that can be."""
-  return (native.transposed if native.usable(douts[0]) else block_transposed)(douts, ws, group_sizes)
+  return (native.transposed if usable(douts[0]) else block_transposed)(douts, ws, group_sizes)
 
 
 def cpu_outers(x: Array, douts: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:
   """`block_outers`, natively where that can be."""
-  return (native.outers if native.usable(x) else block_outers)(x, douts, group_sizes)
+  return (native.outers if usable(x) else block_outers)(x, douts, group_sizes)
 
 
 def tpu_products(x: Array, ws: tuple[Array, ...], group_sizes: Array) -> tuple[Array, ...]:

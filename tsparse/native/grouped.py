@@ -1,9 +1,6 @@
-"""The products of models/grouped.py by grouped.cc: float32, on CPUs. `available` compiles it."""
+"""The products of models/grouped.py by grouped.cc, where `library.usable`."""
 
-import functools
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +9,6 @@ import numpy as np
 from tsparse.native import build
 
 Array = jax.Array
-HANDLERS = ("tsparse_grouped_products", "tsparse_grouped_transposed", "tsparse_grouped_outers")
-
-
-@functools.cache
-def available() -> bool:
-  """Whether there is a library; says once, in one line on stderr, if there is none and why."""
-  try:
-    build.register(Path(__file__).with_name("grouped.cc"), HANDLERS)
-  except build.BuildError as error:
-    print(f"native products are not used: {error}; XLA multiplies experts in blocks, more slowly.", file=sys.stderr)
-    return False
-  return True
-
-
-def usable(x: Array) -> bool:
-  """Whether products with x can be had here: float32, on a CPU.
-
-  All lowerings are traced wherever a model runs, and what runs on an accelerator needs no compiler.
-  """
-  return x.dtype == jnp.float32 and jax.default_backend() == "cpu" and available()
 
 
 def products(x: Array, ws: Sequence[Array], group_sizes: Array, level: int = build.BEST) -> tuple[Array, ...]:

@@ -9,9 +9,9 @@ Not run yet: it needs about 130 GB for parameters, gradients and optimizer, over
 
   python experiments/plan.py --config=configs/mistral_drelu.py --topology=v5p:4x4x4
 
-compiled by libtpu 0.0.42.1 in 8 microbatches of 4 rows a chip: 1.4 GB of arguments and 12.5 GB of temporaries in the
-102 GB of a chip; the roofline gives 18.1 s a step at least, 462,000 tokens/s at most, 3.8 days for the 150B tokens.
-On v5e:16x16, one row a chip: 0.3 GB and 3.5 GB of 16 GB; 10.6 s, 794,000 tokens/s, 2.2 days by the same bounds. The
+compiled by libtpu 0.0.42.1 in 8 microbatches of 4 rows a chip: 1.4 GB of arguments and 12.4 GB of temporaries in the
+102 GB of a chip; the roofline gives 18.1 s a step at least, 464,000 tokens/s at most, 3.7 days for the 150B tokens.
+On v5e:16x16, one row a chip: 0.3 GB and 3.4 GB of 16 GB; 10.5 s, 797,000 tokens/s, 2.2 days by the same bounds. The
 whole table: docs/plans.md.
 """
 

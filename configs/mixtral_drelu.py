@@ -9,7 +9,7 @@ The recipe is that of configs/mistral_drelu.py; the result has 85 % zeros in its
   python experiments/plan.py --config=configs/mixtral_drelu.py --topology=v5p:4x4x8
 
 compiled by libtpu 0.0.42.1 in 8 microbatches of two rows a chip, each chip with one expert of the eight: 4.4 GB of
-arguments and 17.5 GB of temporaries in the 102 GB of a chip; the roofline gives 15.5 s a step at least, 541,000
+arguments and 17.5 GB of temporaries in the 102 GB of a chip; the roofline gives 15.5 s a step at least, 542,000
 tokens/s at most, 3.2 days for the 150B tokens. Smaller slices: docs/plans.md.
 """
 

@@ -100,8 +100,9 @@ def gradients_of(remat="full"):
   """A function (batch, weights of [nll, router_z_loss, router_balance_loss]) -> gradient of their sum."""
 
   def loss(params, batch, weights):
-    sums = summed_loss(params, batch, model(remat), WEIGHTS, JITTER)[1]
-    return weights @ jnp.stack([sums.nll, sums.added["router_z_loss"], sums.added["router_balance_loss"]])
+    nll, _ = summed_loss(params, batch, model(remat), {}, JITTER)
+    added = summed_loss(params, batch, model(remat), WEIGHTS, JITTER)[1].added
+    return weights @ jnp.stack([nll, added["router_z_loss"], added["router_balance_loss"]])
 
   gradient = jax.jit(jax.grad(loss))
   return lambda batch, *weights: gradient(params(), batch, jnp.array(weights, jnp.float32))

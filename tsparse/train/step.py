@@ -42,7 +42,7 @@ class TrainState:
 
 @struct.dataclass
 class Sums:
-  """Sums over the tokens of one or several microbatches, [] float32 each.
+  """Sums over the tokens of one or several microbatches, [] float32 each. To be read: the loss has the gradient.
 
   Attributes:
     nll: nats.

@@ -69,8 +69,8 @@ def test_constraints_are_in_the_program_and_only_under_a_mesh():
 def test_every_constraint_of_the_model_is_in_its_program(experts, impl, expected):
   """Embedding, layer input, query, key, hidden (with experts also the router's weights), layer output, logits.
 
-  Ragged experts have none of their own: their arrays are split by the specs of a shard_map, as attention is on a TPU and,
-  natively, on a CPU.
+  Ragged experts have none of their own: their arrays are split by the specs of a shard_map, as attention's are on a TPU
+  and, natively, on a CPU.
   """
   config = dataclasses.replace(PRESETS["tiny"], num_experts=experts, experts_per_token=min(2, experts), moe_impl=impl)
   model = Transformer(config)

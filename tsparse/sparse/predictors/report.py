@@ -118,8 +118,8 @@ def png(found: dict[str, Any]) -> bytes:
       points = [(q["predicted_sparsity"], q["perplexity"]) for q in p["curve"] if q["perplexity"] is not None]
       points = points or [(p["predicted_sparsity"], p["perplexity"])]
       perplexity.plot(*zip(*points, strict=True), color=colour, lw=2, marker=MARKERS[i], ms=6, label=label)
-      layers.plot(p["per_layer"]["predicted_sparsity"], color=colour, lw=2, marker=MARKERS[i], ms=5, label=label)
-    layers.plot(natural["zeros_per_layer"], color=GRID, lw=1.5, ls=(0, (4, 3)), label="zeros of the model")
+      layers.plot(p["per_layer"]["predicted_sparsity"], color=colour, lw=2, marker=MARKERS[i], ms=5)
+    layers.plot(natural["zeros_per_layer"], color=GRID, lw=1.5, ls=(0, (4, 3)))
     perplexity.axhline(natural["perplexity"], color=GRID, lw=1.5, ls=(0, (1, 1.5)), label="perplexity without a mask")
     best = [q["perplexity"] for p in predictors for q in p["curve"] if q["perplexity"] is not None]
     if best and max(best) > 3 * natural["perplexity"]:
@@ -131,7 +131,7 @@ def png(found: dict[str, Any]) -> bytes:
     layers.set(xlabel="layer", ylabel="share of entries", title=f"By layer, target recall {found['target_recall']:.0%}")
     layers.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     layers.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (tradeoff, perplexity, layers):
+    for axes in (tradeoff, perplexity):  # the layers' lines are those of the first, and fill their plot
       axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=10)
   return drawn(figure)
 

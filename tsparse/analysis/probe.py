@@ -168,7 +168,7 @@ def batch_sums(model, observe, params, batch, settings, intervention):
   kinds = ffn_layers(model.config)
   probes = {kind: _Probe(settings.get(kind), intervention.get(kind), observe) for kind in kinds}
   with nn.intercept_methods(functools.partial(_intercept, batch["positions"])):
-    nll, _, found, _ = token_losses(model, params, batch, probes)
+    nll, _, found = token_losses(model, params, batch, probes)
   return replicate((jnp.sum(nll, where=scored(batch)), found))
 
 

@@ -91,7 +91,7 @@ def batch_losses(
   """Of a batch: -ln p of its scored targets (0 elsewhere) and the entries of each token's hidden that fired, [B, T]
   float32 each, and the counts of its hidden. Jitted for `evaluate_each`."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
-  nll, _, counts, _ = token_losses(model.clone(by_token=True), params, batch, intervention)  # [B, T]
+  nll, _, counts = token_losses(model.clone(by_token=True), params, batch, intervention)  # [B, T]
   fired = sum(c.by_token.sum(0) for c in counts.values())  # of all layers
   counts = {kind: c.replace(by_token=None) for kind, c in counts.items()}
   return replicate((jnp.where(scored(batch), nll, 0), fired, counts))  # every host reads all of it

@@ -338,7 +338,19 @@ def final_hidden(
   jitter: Jitter | None = None,
   with_router: bool = False,
 ) -> tuple[Array, ModelCounts, RouterSums | None]:
-  """What the head reads, [B, T, D] in the compute dtype, of a batch; arguments and the rest as for `token_losses`."""
+  """What the head reads of a batch.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    batch: inputs, segment_ids, positions, [B, T] int32 each; others are not read.
+    intervention: see `Transformer`.
+    jitter: see `Transformer`.
+    with_router: the model has experts, and the sums of their routers are wanted.
+
+  Returns:
+    [B, T, D] in the compute dtype, the counts of the hidden, and RouterSums with a leading axis L.
+  """
   inputs = batch["inputs"], batch["segment_ids"], batch["positions"]
   mutable = ["router"] if with_router else []
   (hidden, counts), aside = model.apply(
@@ -360,29 +372,24 @@ def head_of(model: Transformer, params: Any) -> Array:
 
 
 def token_losses(
-  model: Transformer,
-  params: Any,
-  batch: Mapping[str, Array],
-  intervention: Any = None,
-  jitter: Jitter | None = None,
-  with_router: bool = False,
-) -> tuple[Array, Array, ModelCounts, RouterSums | None]:
-  """Cross-entropy of a batch's targets, without ever holding the logits [B, T, V].
+  model: Transformer, params: Any, batch: Mapping[str, Array], intervention: Any = None
+) -> tuple[Array, Array, ModelCounts]:
+  """Cross-entropy of each of a batch's targets, without ever holding the logits [B, T, V].
+
+  Training needs but their sum, whose gradient takes less: loss.summed_cross_entropy.
 
   Args:
     model: the decoder.
     params: its parameters.
     batch: inputs, targets, segment_ids, positions, each [B, T] int32.
     intervention: see `Transformer`.
-    jitter: see `Transformer`.
-    with_router: the model has experts, and the sums of their routers are wanted.
 
   Returns:
-    -log p(target) and log Z, [B, T] float32 each, the counts of the hidden, and RouterSums with a leading axis L.
+    -log p(target) and log Z, [B, T] float32 each, and the counts of the hidden.
   """
-  hidden, counts, router = final_hidden(model, params, batch, intervention, jitter, with_router)
+  hidden, counts, _ = final_hidden(model, params, batch, intervention)
   nll, log_z = head_cross_entropy(hidden, head_of(model, params), batch["targets"], model.config.final_softcap)
-  return nll, log_z, counts, router
+  return nll, log_z, counts
 
 
 def remat_policy(name: str):

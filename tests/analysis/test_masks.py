@@ -164,7 +164,7 @@ def test_layers_of_several_ffns_are_reported_together():
     return HiddenCounts(fired=fired, routed=np.full((layers, experts), 10.0))
 
   by_kind = {"first": counts_of(1, 1, 6), "ffn": counts_of(2, 3, 4), "shared": counts_of(2, 1, 5)}
-  found = hidden_statistics(Evaluation(nll=1.0, tokens=10, counts=by_kind))
+  found = hidden_statistics(Evaluation(nll=1.0, tokens=10, real_tokens=10, counts=by_kind))
   fired = {kind: c.fired.sum((1, 2)) for kind, c in by_kind.items()}
   together = (fired["ffn"] + fired["shared"]) / (10 * (3 * 4 + 5))
   np.testing.assert_allclose(found["zero_fraction"]["per_layer"], [1 - fired["first"][0] / 60, *(1 - together)])

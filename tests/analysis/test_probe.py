@@ -84,7 +84,9 @@ def test_losses_counts_and_routing_are_those_of_the_model():
       model, params, data.batches, mesh, lambda seen, layer: (seen.reached.sum((0, 1)), layer),
       by_kind(jnp.arange(3), MOE),
     )  # fmt: skip
-  assert probed.tokens == plain.tokens and probed.nll == pytest.approx(plain.nll, rel=1e-6)
+  assert (probed.tokens, probed.real_tokens) == (plain.tokens, plain.real_tokens) and probed.nll == pytest.approx(
+    plain.nll, rel=1e-6
+  )
   for kind, counts in plain.counts.items():
     np.testing.assert_array_equal(probed.counts[kind].fired, counts.fired)
     np.testing.assert_array_equal(probed.sums[kind][0], counts.routed)
@@ -269,7 +271,7 @@ def test_neurons_are_counted_by_their_own_zeros():
 def test_pairs_that_fire_together_are_found():
   natural, found = observed("1 device")
   pairs = found["neurons"]["coactivation"]
-  tokens = natural.tokens
+  tokens = natural.real_tokens
   for layer, (kind, i) in enumerate([("first", 0), ("ffn", 0), ("ffn", 1)]):
     ffn = {name: x[i] for name, x in raw()[kind].items()}
     fired = ((ffn["hidden"] != 0) & (ffn["reached"] > 0)[..., None]).reshape(16 * 24, -1)

@@ -118,6 +118,7 @@ def analyze(
     "eos": data.eos,
     "documents": data.documents,
     "tokens": natural.tokens,
+    "real_tokens": natural.real_tokens,
     "trained_tokens": trained_tokens,
     "loss": natural.loss,
     "perplexity": natural.perplexity,
@@ -136,7 +137,8 @@ def analyze(
 def quality_on(name: str, found: Evaluation, documents: int) -> dict[str, Any]:
   """An entry of "sources": loss and zeros on another text, such as what one source of a mixture holds out."""
   quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
-  return {"name": name, **quality, "tokens": found.tokens, "documents": documents}
+  tokens = {"tokens": found.tokens, "real_tokens": found.real_tokens}
+  return {"name": name, **quality, **tokens, "documents": documents}
 
 
 def passes(

@@ -38,8 +38,8 @@ DEFINITIONS = {
   "rank correlation (Spearman) of how often neurons fire; `between` is the same for every two texts (sources of a "
   "mixture, or --also)",
   "coactivation": "of 256 neurons of each layer, evenly spaced in the order of how often they fire, of those that do: "
-  "lift of a pair = P(both) / (P(one) P(other)) over tokens, 1 if they are independent; `top`: the pairs of greatest "
-  "lift, [neuron, neuron, lift, P(the other | the rarer one)], of those that fired together 10 times or more",
+  "lift of a pair = P(both) / (P(one) P(other)) over all real tokens, 1 if they are independent; `top`: the pairs of "
+  "greatest lift, [neuron, neuron, lift, P(the other | the rarer one)], of those that fired together 10 times or more",
 }
 
 
@@ -137,15 +137,15 @@ def coactivation(seen: Seen, chosen: Array) -> Array:
   return jnp.einsum("bti,btj->ij", fired, fired, preferred_element_type=jnp.float32)
 
 
-def coactivation_statistics(sums: dict[str, np.ndarray], chosen: np.ndarray, tokens: int, top: int = 10):
-  """The pairs of the sums of `coactivation`: "mean_lift", "share_above_2" and "top", by layer."""
+def coactivation_statistics(sums: dict[str, np.ndarray], chosen: np.ndarray, real_tokens: int, top: int = 10):
+  """The pairs of the sums of `coactivation` over so many tokens: "mean_lift", "share_above_2" and "top", by layer."""
   both = np.concatenate([sums[kind] for kind in ("first", "ffn") if kind in sums])  # [L, n, n]
   result = {"neurons": [], "mean_lift": [], "share_above_2": [], "top": []}
   for counted, neurons in zip(both, chosen, strict=True):
     n = int((neurons >= 0).sum())
     i, j = np.triu_indices(n, 1)
     alone, pair = np.diag(counted), counted[i, j]
-    lift = pair * tokens / (alone[i] * alone[j])
+    lift = pair * real_tokens / (alone[i] * alone[j])
     order = np.argsort(-np.where(pair >= RARE, lift, -1), kind="stable")[:top]
     rarer = np.minimum(alone[i], alone[j])
     result["neurons"].append(n)

@@ -120,7 +120,7 @@ def token_statistics(
   halves = [probe(model, params, b, mesh, together, settings) for b in (batches[:middle], batches[middle:]) if b]
   probed = halves[0] if len(halves) == 1 else halves[0] + halves[1]
   sums = {name: {kind: s[name] for kind, s in probed.sums.items()} for name, _ in together.parts}
-  pairs = neurons.coactivation_statistics(sums["coactivation"], chosen, probed.tokens)
+  pairs = neurons.coactivation_statistics(sums["coactivation"], chosen, probed.real_tokens)
   stable = {"stability": neurons.stability(*(half.counts for half in halves))} if len(halves) == 2 else {}
   return {
     "per_position": statistics.zero_fraction_per_position(sums["positions"]),

@@ -74,20 +74,22 @@ class Probed:
   """Sums over a text.
 
   Attributes:
-    nll: sum of -ln p over the tokens, nats.
-    tokens: number of tokens.
-    counts: see `evaluate.perplexity.Evaluation`.
+    nll: sum of -ln p over the scored tokens, nats.
+    tokens: number of tokens scored.
+    real_tokens: see `evaluate.perplexity.Evaluation`, and so is `counts`.
+    counts: over the real tokens.
     sums: by kind of FFN (keys of `counts`), what `observe` returned, with a leading axis L of its own layers; float64.
   """
 
   nll: float
   tokens: int
+  real_tokens: int
   counts: ModelCounts
   sums: dict[str, Any]
 
   def __add__(self, other: "Probed") -> "Probed":
-    counts, sums = jax.tree.map(np.add, (self.counts, self.sums), (other.counts, other.sums))
-    return Probed(self.nll + other.nll, self.tokens + other.tokens, counts, sums)
+    fields = [[getattr(each, f.name) for f in dataclasses.fields(each)] for each in (self, other)]
+    return Probed(*jax.tree.map(np.add, *fields))
 
 
 def by_kind(settings: Any, config: ModelConfig) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def probe(
     part = Probed(
       float(nll),
       int(scored(batch).sum()),
+      int((batch["segment_ids"] > 0).sum()),
       {kind: counts for kind, (counts, _, _) in found.items()},
       {kind: sums for kind, (_, _, sums) in found.items()},
     )

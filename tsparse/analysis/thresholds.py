@@ -288,7 +288,7 @@ def threshold_curves(
     hidden = traced(ffns, epsilon)
     each = {kind: Teal(e, Magnitude(hidden[kind])) for kind, e in traced(inputs, of_input).items()}
     found = probe(model, params, data.batches, mesh, input_zeros, intervention=each)
-    evaluated = Evaluation(found.nll, found.tokens, found.counts)
+    evaluated = Evaluation(found.nll, found.tokens, found.real_tokens, found.counts)
     weights = {kind: fired_and_entries(counts)[1] for kind, counts in found.counts.items()}  # [L], in D
     shares = {kind: zeros.sum(-1) / entries.sum(-1) for kind, (zeros, entries) in found.sums.items()}
     zeros = sum((weights[kind] * share).sum() for kind, share in shares.items()) / sum(map(np.sum, weights.values()))

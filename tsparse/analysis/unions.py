@@ -20,7 +20,7 @@ WINDOWS = (1, 2, 4, 8, 16)
 DEFINITIONS = {
   "union": "share of the FFN weights (of all experts) that none of several tokens decoded together reads: a neuron is "
   "read if it fires for any of them. `batch`: tokens of as many unrelated documents, the expectation over random ones "
-  "of the evaluated tokens. `window`: consecutive tokens of one document, as a speculative decoder verifies them",
+  "of all real tokens. `window`: consecutive tokens of one document, as a speculative decoder verifies them",
   "expected_speedup": "bytes read without neuron sparsity (the experts that the tokens reach, whole) / bytes read with "
   "it (gate, up and down weights of the neurons that fire), of the FFN alone; `expected_speedup_model` with the other "
   "weights, attention, norms, router and head, on both sides. An upper bound: finding the neurons costs nothing, and "
@@ -40,8 +40,8 @@ def batch_unions(natural: Evaluation, config: ModelConfig, sizes: Sequence[int] 
   for size in sizes:
     unread = {  # (neurons that none reads, those whose expert none reaches), by layer
       kind: (
-        ((1 - c.fired / natural.tokens) ** size).sum((1, 2)),
-        ((1 - c.routed / natural.tokens) ** size).sum(1) * c.fired.shape[-1],
+        ((1 - c.fired / natural.real_tokens) ** size).sum((1, 2)),
+        ((1 - c.routed / natural.real_tokens) ** size).sum(1) * c.fired.shape[-1],
       )
       for kind, c in natural.counts.items()
     }

@@ -28,13 +28,15 @@ class Evaluation:
 
   Attributes:
     nll: sum of -ln p over the tokens, nats.
-    tokens: number of tokens scored.
+    tokens: number of tokens scored, over which the loss is.
+    real_tokens: number of all tokens but padding, scored or not, over which the counts are.
     counts: by kind of FFN, fired [L, E, F] and routed [L, E], float64 numpy arrays.
     documents: sums over each document, if asked for.
   """
 
   nll: float
   tokens: int
+  real_tokens: int
   counts: ModelCounts
   documents: "Documents | None" = None
 
@@ -133,21 +135,20 @@ def evaluate_each(
     document_ids: of each batch [B, T], the document of each target, -1 on padding.
     documents: how many there are; 0 for no sums over documents.
   """
-  total: list[Any] = [(0.0, 0, None) for _ in interventions]
+  total: list[Any] = [None for _ in interventions]
   sums = [Documents(documents) if documents else None for _ in interventions]
   for number, batch in enumerate(batches):
-    placed, counted = place(batch, mesh), scored(batch)
+    placed, counted, real = place(batch, mesh), scored(batch), int((batch["segment_ids"] > 0).sum())
     for i, intervention in enumerate(interventions):
       nll, fired, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
       counts = jax.tree.map(lambda x: x.astype(np.float64), counts)
       if documents:
-        real = batch["segment_ids"] > 0
-        entries = sum(fired_and_entries(c)[1].sum() for c in counts.values()) / max(real.sum(), 1)  # of each token
+        entries = sum(fired_and_entries(c)[1].sum() for c in counts.values()) / max(real, 1)  # of each token
         sums[i].add(document_ids[number], nll, counted, fired, entries)
-      part = nll.sum(dtype=np.float64), int(counted.sum()), counts
-      total[i] = part if total[i][2] is None else jax.tree.map(np.add, total[i], part)
+      part = nll.sum(dtype=np.float64), int(counted.sum()), real, counts
+      total[i] = part if total[i] is None else jax.tree.map(np.add, total[i], part)
       progress()
   return [
-    Evaluation(float(nll), int(tokens), counts, of_documents)
-    for (nll, tokens, counts), of_documents in zip(total, sums, strict=True)
+    Evaluation(float(nll), int(tokens), int(real), counts, of_documents)
+    for (nll, tokens, real, counts), of_documents in zip(total, sums, strict=True)
   ]

@@ -248,7 +248,7 @@ def ffn_layers(config: ModelConfig) -> dict[str, int]:
 ACTIVATED_DEFINITION = (
   "parameters read for one token: every weight outside the FFN (embedding and head counted whole), plus, in each FFN "
   "(in each of the experts a token is routed to, and in a shared one), the gate, up and down weights of the neurons "
-  "whose hidden entry is not exactly zero; mean over the evaluated tokens. Neuron predictors are counted whole where "
+  "whose hidden entry is not exactly zero; mean over all real tokens. Neuron predictors are counted whole where "
   "the model holds them (of the routed experts); where it holds none, finding the zeros is not free and not counted"
 )
 

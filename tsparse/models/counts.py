@@ -15,9 +15,9 @@ Array = jax.Array
 
 DEFINITIONS = {
   "zero_fraction": "share of entries of the FFN hidden (act(gate, up), the tensor that `down` reads) that are exactly "
-  "zero, over the evaluated tokens (padding excluded) and, with experts, over the tokens routed to each expert; means "
+  "zero, over all real tokens (padding excluded, scored or not) and, with experts, over those routed to each; means "
   "over layers and experts are weighted by the entries, shared experts included",
-  "dead_neurons": "neurons whose hidden entry was exactly zero for every evaluated token",
+  "dead_neurons": "neurons whose hidden entry was exactly zero for every real token, scored or not",
 }
 
 

@@ -5,10 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.data.conftest import documents_of, settings
 from tsparse.data import accounts_at, check_data, evaluation_batches, merge_positions, train_iterator
+from tsparse.data.encoding import load_tokenizer, make_encoder
 from tsparse.data.sources import held_out_splits, read_documents
+from tsparse.data.streams import FileStream
 from tsparse.errors import UserError
 
 
@@ -164,6 +167,56 @@ def test_evaluation_takes_whole_documents_in_a_fixed_order(jsonl):
   data.eos = False
   without = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=10**6)
   assert without.tokens == every.tokens - 60 and not any((b["targets"] == 1).any() for b in without.batches)
+
+
+@pytest.fixture
+def letters(tmp_path) -> str:
+  """A vocabulary of letters, in which white space has no tokens."""
+  made = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1} | {chr(95 + i): i for i in range(2, 28)}, "<unk>"))
+  split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
+  made.pre_tokenizer = pre_tokenizers.Sequence(split)
+  (tmp_path / "letters").mkdir()
+  made.save(str(tmp_path / "letters/tokenizer.json"))
+  (tmp_path / "letters/config.json").write_text('{"eos_token_id": 0}')
+  return str(tmp_path / "letters")
+
+
+SPACES = [
+  [
+    "ab" * 10 + " " * 50,
+    "c" * 12,
+    " " * 70 + "d" * 12,
+    "ef" * 8 + " " * 65 + "g" * 9,
+    "\u3000",
+  ],  # at each end, inside, all
+  [" " * 200 + "k"],  # more pieces without tokens than documents
+]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("texts", SPACES)
+def test_pieces_without_tokens_keep_documents_apart(eos, texts, letters, tmp_path, monkeypatch):
+  monkeypatch.setattr("tsparse.data.encoding.PIECE", 20)
+  monkeypatch.setattr("tsparse.data.encoding.PIECE_PER_TOKEN", 1)
+  path, tokenizer = tmp_path / "spaces.jsonl", load_tokenizer(letters)
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  expected = sorted(filter(None, (tokenizer.encode(text) + [0] * eos for text in texts)))
+
+  stream = FileStream(read_documents(str(path)), make_encoder(tokenizer, eos, 8), (0,), 0, 1, epochs=2)
+  documents, previous = [], None
+  while piece := stream.next_piece():
+    assert piece.context == previous  # None, for BOS, at each beginning and nowhere else
+    documents += [[]] if previous is None else []
+    documents[-1] += piece.tokens.tolist()
+    previous = None if piece.ends else documents[-1][-1]
+    stream.restore(json.loads(json.dumps(stream.state())))
+  assert sorted(documents) == sorted(2 * expected)
+
+  found = evaluation_batches(settings("", path, letters, eos), seq_len=8, batch_size=2, max_tokens=10**6)
+  ids, real = np.stack(found.document_ids), np.stack([batch["segment_ids"] for batch in found.batches]) > 0
+  targets = np.stack([batch["targets"] for batch in found.batches])
+  assert sorted(targets[ids == i].tolist() for i in range(found.documents)) == expected
+  assert ((ids >= 0) == real).all() and found.tokens == real.sum()
 
 
 def test_sentencepiece_gives_its_own_encoding(mistral, tmp_path):

@@ -322,25 +322,24 @@ def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens
 def _evaluation_set(
   chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0
 ) -> EvaluationSet:
-  lengths, tokens, complete, scored = [], 0, True, False  # of the documents so far
+  complete, scored = True, False
   data = dataclasses.replace(data, cached="")  # few are read, and always the same ones
   whole = _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens)
 
   def documents() -> Iterator[Piece]:
-    nonlocal tokens, complete, scored
-    for tokens_of, mask in itertools.islice(whole, skip, None):
-      complete = tokens + len(tokens_of) <= max_tokens
-      if not complete and lengths:
+    nonlocal complete, scored
+    for tokens, mask in itertools.islice(whole, skip, None):
+      complete = packer.targets + len(tokens) <= max_tokens
+      if not complete and packer.targets:
         return
-      lengths.append(min(len(tokens_of), max_tokens))
-      tokens += lengths[-1]
       scored = scored or bool(mask[:max_tokens].any())
-      yield Piece(tokens_of[:max_tokens], mask[:max_tokens])
+      yield Piece(tokens[:max_tokens], mask[:max_tokens])
       if not complete:
         return
 
   packer = Packer(documents(), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
-  batches = spool(_evaluation_batches(packer, batch_size, lengths))
+  batches = spool(_evaluation_batches(packer, batch_size))
+  tokens = packer.targets
   split = chosen[0][1]
   if not tokens:
     raise UserError(
@@ -353,19 +352,16 @@ def _evaluation_set(
     )
   ids = batches.arrays[:, -1]
   batches = Spool(batches.keys[:-1], batches.arrays[:, :-1])
-  return EvaluationSet(batches, ids, len(lengths), tokens, split, complete, data.vocabulary, data.eos)
+  return EvaluationSet(batches, ids, packer.documents, tokens, split, complete, data.vocabulary, data.eos)
 
 
-def _evaluation_batches(packer: Packer, batch_size: int, lengths: list[int]) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of the rows, each with `document_ids` last: the document of each target, in the order of the `lengths` of
-  those that the packer has taken, which packing keeps, and -1 on padding."""
-  rows, left, known = _rows(packer), np.zeros(0, np.int32), 0
+def _evaluation_batches(packer: Packer, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of the rows, each with `document_ids` last: the document of each target from 0, -1 on padding."""
+  rows = _rows(packer)
   while some := list(itertools.islice(rows, batch_size)):
-    batch = stack_rows(some, batch_size)
-    new = np.arange(known, len(lengths), dtype=np.int32)
-    left, known = np.concatenate([left, np.repeat(new, lengths[known:])]), len(lengths)
-    ids, real = np.full(batch["segment_ids"].shape, -1, np.int32), batch["segment_ids"] > 0
-    ids[real], left = left[: real.sum()], left[real.sum() :]
+    batch = stack_rows([row for row, _ in some], batch_size)
+    ids = np.full(batch["segment_ids"].shape, -1, np.int32)
+    ids[: len(some)] = np.stack([ids_of_row for _, ids_of_row in some]) - 1
     yield batch | {"document_ids": ids}
 
 
@@ -380,9 +376,10 @@ def _whole_documents(mixer: Mixer, limit: int) -> Iterator[tuple[np.ndarray, np.
       parts.clear()
 
 
-def _rows(packer: Packer) -> Iterator[dict[str, np.ndarray]]:
+def _rows(packer: Packer) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+  """Each row and the documents of its targets."""
   while True:
     try:
-      yield packer.next_row()
+      yield packer.next_row(), packer.document_ids
     except StopIteration:
       return

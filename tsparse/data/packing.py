@@ -35,6 +35,11 @@ class Packer:
   first input is its true previous token: no token is lost and no place is empty. So does the next piece of a document
   that comes in pieces. Without (evaluation), a document that
   does not fit the rest of a row starts the next one; only a document longer than a row is cut, into whole rows.
+
+  Attributes:
+    documents: how many were begun.
+    targets: how many targets their pieces gave so far, packed or not.
+    document_ids: int32 [T], the document of each target of the last row, counted from 1; 0 is padding.
   """
 
   def __init__(self, pieces: Iterator[Piece], seq_len: int, bos: int, *, split_documents: bool):
@@ -45,6 +50,8 @@ class Packer:
     self._positions = np.arange(seq_len, dtype=np.int32)
     self._pending = np.array([bos], np.int32)  # one token of context, then the tokens still to be predicted
     self._mask = np.zeros([0], np.int32)  # of the latter
+    self.documents = self.targets = 0
+    self.document_ids = np.zeros([seq_len], np.int32)
 
   def next_row(self) -> dict[str, np.ndarray]:
     """The next row, int32 [T] each: `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`.
@@ -56,6 +63,7 @@ class Packer:
       StopIteration: all documents are packed.
     """
     row = {key: np.zeros([self._seq_len], np.int32) for key in KEYS}
+    self.document_ids = np.zeros([self._seq_len], np.int32)
     filled = segment = 0
     while filled < self._seq_len and self._fill():
       left, room = len(self._mask), self._seq_len - filled
@@ -68,6 +76,7 @@ class Packer:
       row["segment_ids"][place] = segment
       row["positions"][place] = self._positions[:size]  # arange would let go of Python's lock, and wait for it
       row["loss_mask"][place] = self._mask[:size]
+      self.document_ids[place] = self.documents
       self._pending, self._mask = self._pending[size:], self._mask[size:]
       filled += size
     if not filled:
@@ -84,6 +93,8 @@ class Packer:
       self._pending[0] = self._bos if piece.context is None else piece.context
       self._pending[1:] = piece.tokens
       self._mask = np.ones(len(piece.tokens), np.int32) if piece.mask is None else np.asarray(piece.mask, np.int32)
+      self.documents += piece.context is None
+      self.targets += len(self._mask)
     return True
 
   def state(self) -> dict[str, Any]:

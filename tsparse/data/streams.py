@@ -49,6 +49,9 @@ class Stream(Protocol):
 class FileStream:
   """Documents of files. The position is three numbers: documents taken, characters of the last one, its last token.
 
+  Of a document without tokens there is no piece, and of one whose end has none (white space, to some tokenizers) the
+  last piece is empty.
+
   A document is held whole as text while it is drawn, and encoded piece by piece. The next ones are read and encoded
   ahead, those after them by a thread meanwhile, which is not part of the position: nothing depends on how many.
   """
@@ -69,30 +72,31 @@ class FileStream:
     self._end = None if epochs is None else epochs * len(documents)
     self.taken = 0
     self._offset = 0  # in the document that was taken last; 0 where all of it was given
-    self._last = 0  # token before the offset
+    self._last: int | None = None  # token before the offset; None where none was given
     self._document: str | Conversation = ""  # that document
     self._ahead: collections.deque = collections.deque()  # (document, its first piece) of the next ones
     self._coming: Future | None = None  # those after them
 
   def next_piece(self) -> Piece | None:
     """See `Stream`."""
-    for _ in range(len(self._documents) + 1):
-      begins = self._offset == 0
-      if begins:
+    empty = 0  # documents without tokens, one after the other
+    while empty <= len(self._documents):
+      if self._offset == 0:
         if not self._ahead:
           self._ahead.extend(self._coming.result() if self._coming else self._read_ahead(self.taken))
           self._coming = _threads(os.getpid()).submit(self._read_ahead, self.taken + len(self._ahead))
         if not self._ahead:
           return None
         self._document, (tokens, mask, end) = self._ahead.popleft()
-        self.taken += 1
+        self.taken, self._last = self.taken + 1, None
       else:
         tokens, mask, end = self._encoder.piece(self._document, self._offset)
-      ends = end >= len(self._document)
+      ends, context = end >= len(self._document), self._last
       self._offset = 0 if ends else end
-      if len(tokens):
-        context, self._last = None if begins else self._last, int(tokens[-1])
+      self._last = int(tokens[-1]) if len(tokens) else context
+      if len(tokens) or (ends and context is not None):
         return Piece(tokens, mask, context, ends)
+      empty += ends
     path = self._documents.files[0].path
     raise UserError(f"config.data.vocabulary gives no token for any document of {path}: set one made for such text.")
 
@@ -116,11 +120,11 @@ class FileStream:
   def _read(self, numbers: np.ndarray) -> list[str | Conversation]:
     return [self._encoder.open(text.decode()) for text in self._documents.read_all(numbers)]
 
-  def state(self) -> list[int]:
-    """[documents taken, characters given of the last of them, last token given]."""
+  def state(self) -> list[int | None]:
+    """[documents taken, characters given of the last of them, last token given of it]."""
     return [self.taken, self._offset, self._last]
 
-  def restore(self, state: list[int]):
+  def restore(self, state: list[int | None]):
     """See `Stream`."""
     self.taken, self._offset, self._last = state
     self._ahead.clear()

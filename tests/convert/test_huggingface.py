@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from configs import stories_relufy
 from tsparse import experiment
 from tsparse.convert.convert import convert
 from tsparse.convert.families import export_format, read_config
-from tsparse.convert.huggingface import write_directory
+from tsparse.convert.huggingface import _tensors, write_directory
 from tsparse.convert.leaf import Leaf
 from tsparse.convert.model import open_model
 from tsparse.convert.rules import to_theirs
@@ -350,6 +351,35 @@ def damaged(change):
 
 def truncate(folder, size):
   os.truncate(folder / "model.safetensors", size)
+
+
+def save_tensors(folder, name, value, names):
+  save_file({tensor: np.full((2, 2), value, np.float32) for tensor in names}, folder / name)
+
+
+@pytest.mark.parametrize("other", ["adapter_model", "consolidated", "model.fp16", "zzz"])
+def test_model_safetensors_is_taken_whatever_lies_beside_it(tmp_path, other):
+  save_tensors(tmp_path, "model.safetensors", 1, "ab")
+  save_tensors(tmp_path, f"{other}.safetensors", 2, "abc")
+  assert {name: tensor.file.name for name, tensor in _tensors(tmp_path).items()} == dict.fromkeys(
+    "ab", "model.safetensors"
+  )
+
+
+def test_two_files_with_a_tensor_of_one_name_are_told_apart_by_the_index_alone(tmp_path):
+  save_tensors(tmp_path, "one.safetensors", 1, "ab")
+  save_tensors(tmp_path, "two.safetensors", 2, "bc")
+  with pytest.raises(UserError, match=r"one\.safetensors and two\.safetensors both hold a tensor b"):
+    _tensors(tmp_path)
+  for b, mapped in (("one", "two"), ("two", "one"), ("one", "model")):  # the last: an index of other files
+    files = {"a": "one.safetensors", "b": f"{b}.safetensors", "c": "two.safetensors", "head": f"{mapped}.safetensors"}
+    if mapped == "model":
+      save_tensors(tmp_path, "model.safetensors", 3, "d")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    read = {name: tensor.file.name for name, tensor in _tensors(tmp_path).items()}
+    assert read == {name: files[name] for name in "abc"} | ({"d": "model.safetensors"} if mapped == "model" else {})
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+  assert set(_tensors(tmp_path)) == {"a", "b"}  # transformers would read model.safetensors: this is warned of
 
 
 def index_of_missing(folder, _):

@@ -126,21 +126,22 @@ def finite(tensor: np.ndarray) -> bool:
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-  """Every tensor in the safetensors files of a directory."""
+  """Every tensor in the safetensors files of a directory.
+
+  An index, where there is one, says which files are read and, of a tensor that several of them hold, whose is taken.
+  Without an index `model.safetensors` is read alone, as transformers does, or else every file there.
+
+  Raises:
+    UserError: there is none, one is missing or damaged, or two hold the same tensor and no index says which counts.
+  """
   from safetensors import SafetensorError, safe_open
 
-  index = folder / "model.safetensors.index.json"
-  if index.exists():
-    try:
-      names = set(json.loads(index.read_text())["weight_map"].values())
-      outside = [name for name in names if Path(name).name != name or name == ".."]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-      raise UserError(f"{index} is damaged ({error}): fetch it again.") from None
-    if outside:
-      raise UserError(f"{index} names files outside its folder ({outside[0]}): it is not to be trusted.")
-    shards = [folder / name for name in sorted(names)]
-  else:
-    shards = sorted(folder.glob("*.safetensors"))
+  index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+  weight_map = _weight_map(index) if index.exists() else {}
+  shards = [folder / name for name in sorted(set(weight_map.values()))]
+  if shards and single.exists() and single not in shards:
+    logging.warning("%s names other files than %s, which is not read", index, single.name)
+  shards = shards or ([single] if single.exists() else sorted(folder.glob("*.safetensors")))
   if not shards:
     pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
@@ -149,18 +150,36 @@ def _tensors(folder: Path) -> dict[str, Stored]:
         "elsewhere, by transformers' `save_pretrained(folder, safe_serialization=True)`."
       )
     raise UserError(f"{folder} holds no .safetensors file: give a whole Hugging Face directory.")
-  stored = {}
+  stored: dict[str, Stored] = {}
   for shard in shards:
     try:
       with safe_open(shard, framework="np") as file:
         for name in file.keys():  # noqa: SIM118
-          header = file.get_slice(name)
-          stored[name] = Stored(shard, tuple(header.get_shape()), header.get_dtype())
+          header, other = file.get_slice(name), stored.get(name)
+          if other and name not in weight_map:
+            raise UserError(
+              f"{other.file} and {shard.name} both hold a tensor {name}, and no {index.name} says which counts: move "
+              "the file that is not of this model out of the folder."
+            )
+          if other is None or weight_map[name] == shard.name:
+            stored[name] = Stored(shard, tuple(header.get_shape()), header.get_dtype())
     except FileNotFoundError:
       raise UserError(f"{shard} is missing and {index.name} names it: fetch it.") from None
     except (SafetensorError, OSError) as error:
       raise UserError(f"{shard} is damaged ({error}): fetch it again.") from None
   return stored
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+  """Tensor -> the file that holds it, by model.safetensors.index.json."""
+  try:
+    weight_map = dict(json.loads(index.read_text())["weight_map"])
+    outside = [name for name in weight_map.values() if Path(name).name != name or name == ".."]
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    raise UserError(f"{index} is damaged ({error}): fetch it again.") from None
+  if outside:
+    raise UserError(f"{index} names files outside its folder ({outside[0]}): it is not to be trusted.")
+  return weight_map
 
 
 def _adds_eos(folder: Path) -> bool:

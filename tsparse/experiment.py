@@ -152,7 +152,8 @@ def held_out_texts(
   for stage in stages:
     data = stage.config.data
     if data.to_json() not in found:
-      found[data.to_json()] = evaluation_batches(data, **sizes), evaluation_by_source(data, **sizes)
+      read = data_settings(data, embedded=config.model.vocab_size)
+      found[data.to_json()] = evaluation_batches(read, **sizes), evaluation_by_source(read, **sizes)
   return {stage.name: found[stage.config.data.to_json()] for stage in stages}
 
 

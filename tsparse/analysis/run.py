@@ -20,6 +20,7 @@ from tsparse.convert.model import Model, open_model
 from tsparse.data import (
   DataSettings,
   EvaluationSet,
+  check_embedded,
   evaluation_batches,
   evaluation_by_source,
   load_tokenizer,
@@ -236,7 +237,7 @@ def _calibration(model: Model, data: DataSettings, text: EvaluationSet, sizes: d
   """Documents after the evaluated ones; None where those are all."""
   if text.complete:
     return None
-  own = dataclasses.replace(data, vocabulary=model.vocabulary)
+  own = dataclasses.replace(data, vocabulary=model.vocabulary, embedded=model.config.vocab_size)
   return evaluation_batches(own, max_tokens=CALIBRATION_TOKENS, skip=text.documents, **sizes)
 
 
@@ -249,18 +250,15 @@ def _texts(
 ) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
   """The batches of each model, of the whole and of each source and what is `also` read, tokenized once for each
   vocabulary."""
-  known: list[tuple[Any, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
+  known: list[tuple[Any, int, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
   result = []
   for model in stored:
     vocabulary = load_tokenizer(model.vocabulary)
-    if vocabulary.size > model.config.vocab_size:
-      raise UserError(
-        f"The vocabulary {model.vocabulary!r} of {model.path} has {vocabulary.size} ids and the model embeds "
-        f"{model.config.vocab_size}: it is not this model's; put the model's own tokenizer there."
-      )
-    found = next((text for other, text in known if same_tokenizer(other, vocabulary)), None)
+    check_embedded(vocabulary, model.config.vocab_size)
+    embedded = min(model.config.vocab_size, vocabulary.size)  # what more rows than tokens hold, no text needs
+    found = next((text for other, rows, text in known if rows == embedded and same_tokenizer(other, vocabulary)), None)
     if found is None:
-      own = dataclasses.replace(data, vocabulary=model.vocabulary)
+      own = dataclasses.replace(data, vocabulary=model.vocabulary, embedded=embedded)
       text = evaluation_batches(own, **sizes)
       if text.complete and text.tokens < sizes["seq_len"]:
         raise UserError(
@@ -272,6 +270,6 @@ def _texts(
         second = evaluation_batches(dataclasses.replace(own, validation=also), **sizes)
         sources = (sources or {data.validation: text}) | {also: second}
       found = text, sources
-      known.append((vocabulary, found))
+      known.append((vocabulary, embedded, found))
     result.append(found)
   return result

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tsparse.data.embedded import check_embedded, check_ids
+from tsparse.data.encoding import BYTES
 from tsparse.data.tokenizer import Source, Tokenizer, build_tokenizer, read_tokenizer
 from tsparse.errors import UserError
 
@@ -94,27 +96,27 @@ def read_vocabulary(name: str, size: int) -> Vocabulary:
     return _bytes(size)
   source = read_tokenizer(name)
   tokenizer = build_tokenizer(source)
-  if tokenizer.size > size:
-    raise UserError(f"the vocabulary {source.path} has {tokenizer.size} ids and the model {size}: it is of another.")
-  special = {i for i in (tokenizer.bos, tokenizer.eos) if i is not None}
+  check_embedded(tokenizer, size)
+  check_ids(tokenizer, size, [tokenizer.bos, tokenizer.eos])
+  special = {tokenizer.bos, tokenizer.eos}
   ids = {i: token for token, i in tokenizer.table.items()}
   tokens = [ids.get(i, f"[PAD{i}]") for i in range(size)]
   types = [CONTROL if i in special else NORMAL if i in ids else UNUSED for i in range(size)]
-  if tokenizer.unk is not None and tokenizer.unk not in special:
-    types[tokenizer.unk] = UNKNOWN
+  unk = None if tokenizer.unk is None or tokenizer.unk >= size else tokenizer.unk
+  if unk is not None and unk not in special:
+    types[unk] = UNKNOWN
   build = _hugging_face if source.is_json else _sentencepiece
   own = build(source, tokenizer, tokens, types)
   if len(set(tokens)) < size or "" in tokens:
     twice = "" if "" in tokens else collections.Counter(tokens).most_common(1)[0][0]
     raise UserError(f"the vocabulary {source.path} has the token {twice!r} twice or empty, and GGUF cannot hold that.")
-  named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.unk, "add_bos": tokenizer.bos != tokenizer.eos}
+  named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": unk, "add_bos": tokenizer.bos != tokenizer.eos}
   return Vocabulary(tokens=tokens, types=types, template=_template(Path(source.path).parent), **named, **own)
 
 
 def _bytes(size: int) -> Vocabulary:
   """Bytes after three special tokens, as byte-level BPE that merges nothing."""
-  if size < 259:
-    raise UserError(f"bytes have 259 ids and the model {size}: it is of another vocabulary.")
+  check_embedded(BYTES, size)
   # GPT-2's letters: printable Latin-1 characters are themselves, the other bytes follow from U+0100.
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = itertools.count(0x100)
@@ -144,7 +146,7 @@ def _sentencepiece(source: Source, tokenizer: Tokenizer, tokens: list[str], type
 def _add_tokens(added: Iterable[tuple[int | None, Mapping[str, Any]]], tokens: list[str], types: list[int]):
   """Marks added tokens, (id or None, fields of a tokenizers.AddedToken)."""
   for i, fields in added:
-    if i is not None and types[i] not in (CONTROL, UNKNOWN):
+    if i is not None and i < len(types) and types[i] not in (CONTROL, UNKNOWN):
       types[i] = CONTROL if fields.get("special") else USER_DEFINED
       if types[i] == USER_DEFINED:
         tokens[i] = tokens[i].replace(SPACE, " ")  # llama.cpp looks for them in the text as it is

@@ -4,6 +4,7 @@ TensorFlow and seqio are imported when a seqio task is first met, not by this pa
 """
 
 from tsparse.data.accounting import account_metrics, accounts_at, merge_positions
+from tsparse.data.embedded import check_embedded
 from tsparse.data.encoding import load_tokenizer, same_tokenizer
 from tsparse.data.iterator import (
   EvaluationSet,
@@ -29,6 +30,7 @@ __all__ = [
   "accounts_at",
   "bos_id",
   "check_data",
+  "check_embedded",
   "data_settings",
   "describe",
   "evaluation_batches",

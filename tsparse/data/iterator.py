@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from tsparse.data import resolve, tasks
 from tsparse.data.accounting import pack, unpack
 from tsparse.data.chat import ChatEncoder
+from tsparse.data.embedded import check_embedded, check_ids
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
 from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
@@ -40,12 +42,7 @@ def check_data(data: Any, model_vocab_size: int):
       the same documents on both sides, a vocabulary that cannot be loaded or is larger than the model's.
   """
   data = data_settings(data)
-  size = load_tokenizer(data.vocabulary).size
-  if size > model_vocab_size:
-    raise UserError(
-      f"The vocabulary {data.vocabulary!r} has {size} ids and the model embeds {model_vocab_size}; "
-      f"set config.model's vocabulary size to at least {size} or name the model's own vocabulary."
-    )
+  check_embedded(load_tokenizer(data.vocabulary), model_vocab_size)
   if data.skip_bad < 0 or data.lanes < 1:
     raise UserError(
       f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
@@ -243,7 +240,9 @@ def _mixer(
       streams.append(FileStream(documents, chat if source.chat else encoder, (seed, number), lane, lanes, epochs))
     length = None if documents is None else min(documents.length.mean(), encoder.size) / bytes_per_token
     lengths.append(length or TASK_TOKENS)
-  return Mixer(streams, [source.weight for source, _ in chosen], lengths, (seed, lane))
+  check = functools.partial(check_ids, tokenizer, data.embedded or np.inf)
+  check([tokenizer.bos])  # what every row begins with
+  return Mixer(streams, [source.weight for source, _ in chosen], lengths, (seed, lane), check)
 
 
 def _task_stream(

@@ -15,7 +15,7 @@ others have their turn after each. The start c_i in (-l_i, 0], l_i the mean leng
 documents, is random in each lane: else all lanes would draw the same sources, the longest documents first, in step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,17 @@ from tsparse.data.streams import Stream
 class Mixer:
   """Draws documents from several streams in the shares `weights`, of a lane; iterates over (which stream, Piece)."""
 
-  def __init__(self, streams: Sequence[Stream], weights: Sequence[float], lengths: Sequence[float], key: Sequence[int]):
-    """`lengths` are the mean tokens of the documents, roughly; `key` is the seed of the start."""
-    self.streams = streams
+  def __init__(
+    self,
+    streams: Sequence[Stream],
+    weights: Sequence[float],
+    lengths: Sequence[float],
+    key: Sequence[int],
+    check: Callable[[np.ndarray], None] = lambda ids: None,
+  ):
+    """`lengths` are the mean tokens of the documents, roughly; `key` is the seed of the start; `check` is called with
+    the ids of each piece, and raises where they are not those of the model."""
+    self.streams, self._check = streams, check
     self._weights = list(weights)
     self._start = (-np.random.default_rng(key).random(len(streams)) * np.asarray(lengths, np.float64)).tolist()
     self.drawn = [0] * len(streams)  # tokens
@@ -45,6 +53,7 @@ class Mixer:
       if piece is None:
         self._open.remove(chosen)
         continue
+      self._check(piece.tokens)
       self.drawn[chosen] += len(piece.tokens)
       return chosen, piece
     raise StopIteration

@@ -23,6 +23,8 @@ class DataSettings:
     lanes: S, how many independent readers make a batch.
     vocabulary: see `tsparse.data.tokenizer.load_tokenizer`.
     eos: whether documents end with an end-of-text token, to be predicted like the others.
+    embedded: rows of the embedding of the model that reads the data: text that needs an id beyond them is refused; 0
+      where there is no model.
   """
 
   train: str = "stdlib"
@@ -37,9 +39,10 @@ class DataSettings:
   lanes: int = DEFAULT_LANES
   vocabulary: str = "bytes"
   eos: bool = True
+  embedded: int = 0
 
 
-def data_settings(data: Any) -> DataSettings:
-  """Of a `config.data`, or of any object with some of its fields; the others have their defaults."""
+def data_settings(data: Any, **others: Any) -> DataSettings:
+  """Of a `config.data`, or of any object with some of its fields, and of `others`; the rest have their defaults."""
   names = [field.name for field in dataclasses.fields(DataSettings)]
-  return DataSettings(**{name: getattr(data, name) for name in names if hasattr(data, name)})
+  return DataSettings(**{name: getattr(data, name) for name in names if hasattr(data, name)} | others)

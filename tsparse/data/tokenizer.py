@@ -48,6 +48,7 @@ class Tokenizer:
     unk: the id of what cannot be encoded, or None.
     adds_bos: whether transformers and lm-eval put BOS in front of a text: where the post-processor of a tokenizer.json
       does, and for a SentencePiece model that has one. Documents begin with `bos` in any case.
+    own_size: how many ids there are without the tokens that were added to the tokenizer; None for all.
   """
 
   path: str
@@ -60,6 +61,7 @@ class Tokenizer:
   eos: int
   unk: int | None
   adds_bos: bool = True
+  own_size: int | None = None
 
   @functools.cached_property
   def size(self) -> int:
@@ -250,8 +252,10 @@ def _hugging_face(source: Source) -> Tokenizer:
   def decode(ids):
     return tokenizer.decode([i for i in ids if i not in (bos, eos)], skip_special_tokens=False)
 
+  added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+  own_size = 1 + max((number for token, number in table.items() if token not in added), default=-1)
   return Tokenizer(
-    source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk), adds_bos=first
+    source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk), first, own_size
   )
 
 
@@ -303,7 +307,7 @@ def _sentencepiece(source: Source) -> Tokenizer:
     return "".join(parts)
 
   unk, begins = model.unk_id(), own["bos"] is not None
-  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, unk, adds_bos=begins)
+  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, unk, begins, own_size=size)
 
 
 def _pattern(content: str, single_word=False, lstrip=False, rstrip=False, **_unused) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tsparse import sharding
 from tsparse.convert.model import Model
+from tsparse.data.embedded import check_ids
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.evaluate.interventions import Setting, intervention
@@ -64,6 +65,7 @@ class Harness(TemplateLM):
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     *,
+    embedded: int,
     max_length: int,
     batch_size: int,
     bos: bool,
@@ -76,6 +78,7 @@ class Harness(TemplateLM):
       models: the stored model of a setting, with its predictors if it is "predictor".
       tokenizer: of the model.
       mesh: the devices that score.
+      embedded: rows of the model's embedding.
       max_length: tokens of the context.
       batch_size: rows of a forward pass.
       bos: begin each context with BOS.
@@ -86,6 +89,7 @@ class Harness(TemplateLM):
     self.max_length, self.cut, self.counts = max_length, Cut(), None
     self._models, self._tokens, self._mesh, self._rows = models, tokenizer, mesh, batch_size
     self._bos, self._mask_shared, self._console = bos, mask_shared, console or Console(quiet=True)
+    self._embedded = embedded
     self._encode = functools.lru_cache(maxsize=1024)(lambda text: tuple(map(int, tokenizer.encode(text))))
     self._held: tuple[Any, Any] = None, None
     self._setting = Setting("off")
@@ -106,7 +110,9 @@ class Harness(TemplateLM):
     """Ids of a text; BOS comes first where the model begins with one, unless the text spells it out itself."""
     ids = list(self._encode(string))
     front = self._bos if add_special_tokens is None else add_special_tokens
-    return [self._tokens.bos, *ids] if front and ids[:1] != [self._tokens.bos] else ids
+    ids = [self._tokens.bos, *ids] if front and ids[:1] != [self._tokens.bos] else ids
+    check_ids(self._tokens, self._embedded, ids)
+    return ids
 
   def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
     """(ln p of the continuation after its context, whether greedy decoding would write it) of each request."""

@@ -16,6 +16,7 @@ from tsparse import files, sharding, workdir
 from tsparse.analysis.report import print_tables
 from tsparse.analysis.run import check_fits
 from tsparse.convert.model import Model, open_model
+from tsparse.data.embedded import check_embedded
 from tsparse.data.encoding import load_tokenizer
 from tsparse.errors import UserError
 from tsparse.evaluate import interventions, report
@@ -74,11 +75,7 @@ def run(
   if mask_shared and not opened.config.num_shared_experts:
     raise UserError(f"--mask_shared: {model} has no shared experts, leave it out.")
   tokenizer = load_tokenizer(opened.vocabulary)
-  if tokenizer.size > opened.config.vocab_size:
-    raise UserError(
-      f"The vocabulary {opened.vocabulary!r} of {model} has {tokenizer.size} ids and the model embeds "
-      f"{opened.config.vocab_size}: it is not this model's; put the model's own tokenizer there."
-    )
+  check_embedded(tokenizer, opened.config.vocab_size)
   longest = opened.config.max_seq_len
   if max_length is not None and not 1 < max_length <= longest:
     raise UserError(f"--max_length={max_length}: the model is made for {longest} tokens, give 2 to {longest}.")
@@ -100,6 +97,7 @@ def run(
     lambda setting: models[setting.method],
     tokenizer,
     mesh,
+    embedded=opened.config.vocab_size,
     max_length=context,
     batch_size=batch_size,
     bos=bos,

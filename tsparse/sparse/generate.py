@@ -19,6 +19,7 @@ import numpy as np
 
 from tsparse.activations import activation
 from tsparse.convert.model import Model, open_model
+from tsparse.data.embedded import check_embedded, check_ids, without_token
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -56,6 +57,7 @@ class Decoder:
     path: the folder of the model, which may say what ends a text.
     predictors: those that were merged into it from a folder of their own.
     interventions: of each layer, `decode.by_layer`, which are computed by the kernels of reference.py; () for none.
+    unused: bool [V], ids without a token, which are never chosen; None where there are none.
   """
 
   config: ModelConfig
@@ -66,6 +68,7 @@ class Decoder:
   path: Path = Path()
   predictors: stored.Predictors | None = None
   interventions: Sequence[Any] = ()
+  unused: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +198,12 @@ def decoder_of(model: Model, sparse: str, dtype: str = "", predictors: stored.Pr
   mode = sparse_mode(model.config, sparse)
   config = dataclasses.replace(model.config, dtype="float32")
   tokenizer = load_tokenizer(model.vocabulary)
+  check_embedded(tokenizer, config.vocab_size)
   kernels = best_kernels(config.d_model)
   place = reference.place if mode == "off" else KERNELS[kernels].place
   params = arrange(config, model.leaves()[0], dtype, place)
-  return Decoder(config, params, mode, kernels, tokenizer, model.path, predictors)
+  unused = without_token(tokenizer, config.vocab_size)
+  return Decoder(config, params, mode, kernels, tokenizer, model.path, predictors, unused=unused)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -271,7 +276,7 @@ def stream(
     modes = choose_modes(config, kernels, zeros.tolist(), len(prompts))
   tell(modes)
   for step in range(new_tokens):
-    tokens = choose(sampling, logits, step)
+    tokens = choose(sampling, logits, step, decoder.unused)
     yield np.asarray(tokens)
     if step + 1 < new_tokens:
       at = length + step
@@ -290,11 +295,12 @@ def complete(
     show: called with (row, new text) as text becomes certain.
 
   Raises:
-    UserError: a prompt is empty or longer than the model's context, or a stop token is unknown.
+    UserError: a prompt is empty, longer than the model's context or not of its tokens, or a stop token is unknown.
   """
   tokenizer, context = decoder.tokenizer, decoder.config.max_seq_len
   ids = [encode_prompt(tokenizer, prompt, request.chat, request.system) for prompt in prompts]
   for number, row in enumerate(ids):
+    check_ids(tokenizer, decoder.config.vocab_size, row)
     if len(row) >= context:
       raise UserError(
         f"prompt {number + 1} is {len(row)} tokens and the model's context is {context}: give at most {context - 1}."

@@ -63,8 +63,11 @@ def filtered(sampling: Sampling, logits: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def choose(sampling: Sampling, logits: Array, step: Array) -> Array:
-  """The next token of each row, [B] int32, from logits [B, V]; `step` counts the tokens drawn before."""
+def choose(sampling: Sampling, logits: Array, step: Array, unused: Array | None = None) -> Array:
+  """The next token of each row, [B] int32, from logits [B, V] but for the `unused`, bool [V]; `step` counts the tokens
+  drawn before."""
+  if unused is not None:
+    logits = jnp.where(unused, -jnp.inf, logits)
   if not sampling.temperature:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   key = jax.random.fold_in(jax.random.key(sampling.seed), step)

@@ -1,9 +1,11 @@
 """Text around generation: the tokenizer without TensorFlow, ChatML, what ends a text, and text as it streams."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tsparse.data.encoding import BYTES
 from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
 from tsparse.errors import UserError
 
@@ -22,7 +24,7 @@ def load_tokenizer(name: str) -> Tokenizer:
   def encode(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
-  return Tokenizer("bytes", "bytes", encode, lambda texts: list(map(encode, texts)), decode, {}, bos=0, eos=1, unk=2)
+  return dataclasses.replace(BYTES, encode=encode, encode_all=lambda texts: list(map(encode, texts)), decode=decode)
 
 
 def chatml(prompt: str, system: str = "") -> str:

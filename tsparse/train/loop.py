@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from tsparse import hosts, sharding
-from tsparse.data import account_metrics, merge_positions, train_iterator
+from tsparse.data import account_metrics, data_settings, merge_positions, train_iterator
 from tsparse.data.iterator import TrainIterator
 from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
@@ -184,7 +184,7 @@ def first_rows(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, seed:
   those that it reads first."""
   settings = config.train
   data = train_iterator(
-    config.data,
+    data_settings(config.data, embedded=config.model.vocab_size),
     seq_len=settings.seq_len,
     batch_size=settings.batch_size,
     seed=seed,
@@ -228,7 +228,7 @@ def begin(
     ready = functools.partial(made_ready, run, config, mesh, init)
     step, (state, tokens_seen) = 0, initial_state(run, config.seed, init and init.restore, ready)
   data = train_iterator(
-    config.data,
+    data_settings(config.data, embedded=config.model.vocab_size),
     seq_len=settings.seq_len,
     batch_size=settings.batch_size,
     seed=data_seed(config.seed, tokens_seen - step * settings.batch_size * settings.seq_len),

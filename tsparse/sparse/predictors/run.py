@@ -114,7 +114,7 @@ def run(
   check_fits(model, mesh)
   settings = DataSettings(
     train=data, validation=validation, vocabulary=model.vocabulary, eos=model.eos, root=root, text_field=text_field,
-    lanes=math.gcd(batch_size, 8),
+    lanes=math.gcd(batch_size, 8), embedded=config.vocab_size,
   )  # fmt: skip
   sizes = {"seq_len": seq_len, "batch_size": batch_size}
   with console.status("reading the data"):

@@ -114,8 +114,10 @@ class Directory:
     try:
       with safe_open(file, framework="np") as opened:  # for each tensor: mapped pages are given back when it closes
         return opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
       raise UserError(f"{file} is damaged ({error}): fetch it again.") from None
+    except OSError as error:
+      raise unreadable(file, error) from None
 
 
 def finite(tensor: np.ndarray) -> bool:
@@ -165,8 +167,10 @@ def _tensors(folder: Path) -> dict[str, Stored]:
             stored[name] = Stored(shard, tuple(header.get_shape()), header.get_dtype())
     except FileNotFoundError:
       raise UserError(f"{shard} is missing and {index.name} names it: fetch it.") from None
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
       raise UserError(f"{shard} is damaged ({error}): fetch it again.") from None
+    except OSError as error:
+      raise unreadable(shard, error) from None
   return stored
 
 
@@ -180,6 +184,11 @@ def _weight_map(index: Path) -> dict[str, str]:
   if outside:
     raise UserError(f"{index} names files outside its folder ({outside[0]}): it is not to be trusted.")
   return weight_map
+
+
+def unreadable(file: Path, error: OSError) -> UserError:
+  """The sentence for a file that the system does not give; its bytes may be whole."""
+  return UserError(f"{file} cannot be read ({error}): make it readable, then give the same command again.")
 
 
 def _adds_eos(folder: Path) -> bool:

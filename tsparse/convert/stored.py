@@ -22,7 +22,7 @@ from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.sharding import path_name
-from tsparse.train import checkpoint
+from tsparse.train import checkpoint, damage
 
 CHUNK_BYTES = 32 * 1024**2  # of one file: enough of them that all cores compress, few enough that a disk does not mind
 STACKED = "LE"  # the axis letters that parameters are stacked over
@@ -58,6 +58,7 @@ def read(workdir: Path, step: int, config: ModelConfig) -> tuple[dict[str, Leaf]
 
   Raises:
     UserError: the step is not there (any more). A leaf whose data are damaged raises when it is read.
+    RunFailure: it cannot be read, for another reason; a leaf likewise.
   """
   _, logical = abstract_parameters(Transformer(config))
   axes, structure = jax.tree_util.tree_flatten_with_path(logical, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -82,8 +83,10 @@ def _loader(title: str) -> Callable[[ts.TensorStore], np.ndarray]:
     if part not in kept:
       kept.clear()  # first: two of them may be more than memory holds
       try:
-        kept[part] = part.read().result()
-      except ValueError as error:
+        kept[part] = damage.read_again(lambda: part.read().result())
+      except Exception as error:  # memory that is short, and what TensorStore makes of a disk
+        if not damage.is_damage(error):
+          raise damage.failure_to_read(title, error) from error
         raise UserError(f"{title} is damaged ({reason(error)}): use another step, or another copy of it.") from None
     return kept[part]
 
@@ -132,10 +135,7 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
   async def deserialize(self, infos, args=None) -> list[ts.TensorStore]:
     """The stored arrays, opened."""
     del args
-    try:
-      return [ts.open(_spec(info), context=info.ts_context).result() for info in infos]
-    except ValueError as error:
-      raise UserError(f"{infos[0].parent_dir} is damaged ({reason(error)}): use another step.") from None
+    return [ts.open(_spec(info), context=info.ts_context).result() for info in infos]
 
 
 def _write(leaf: Leaf, info: ocp.type_handlers.ParamInfo):

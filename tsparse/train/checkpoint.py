@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from tsparse.errors import UserError
+from tsparse.train import damage
 from tsparse.train.step import TrainState
 
 # Orbax warns of each item of a checkpoint that it was not asked for, and of leaves, that they are no jax.Array; what
@@ -116,22 +117,16 @@ def restore_items(
   arguments: ocp.args.Composite,
   handlers: Mapping[str, ocp.CheckpointHandler] | None = None,
 ) -> Any:
-  """The items of a step, by Orbax's arguments; UserError when the step is gone or torn."""
+  """The items of a step, by Orbax's arguments.
+
+  Raises:
+    UserError: the step is gone, or what `damage.read_agreed` raises.
+    RunFailure: as there.
+  """
   with reader(workdir, handlers) as checkpoints:
     if step not in checkpoints.all_steps():
       raise UserError(f"{workdir} no longer holds the checkpoint of step {step}: it has trained on since.")
-    try:
-      return checkpoints.restore(step, args=arguments)
-    except Exception as error:  # whatever Orbax makes of missing and of broken files
-      raise UserError(
-        f"the checkpoint of step {step} of {workdir} is torn ({why(error)}): put a whole one into its checkpoints/, or "
-        "move it away for the one before."
-      ) from error
-
-
-def why(error: BaseException) -> str:
-  """The first line of an error of Orbax's, with its type."""
-  return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return damage.read_agreed(workdir, step, lambda: checkpoints.restore(step, args=arguments))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tsparse import files, hosts
 from tsparse.errors import UserError
-from tsparse.train import checkpoint
+from tsparse.train import checkpoint, damage
 from tsparse.train.step import TrainState
 
 T = TypeVar("T")
@@ -37,12 +37,14 @@ def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None
     warn: is told, in a sentence, of a checkpoint that is torn or gone, and which one is used instead.
 
   Raises:
-    UserError: there were checkpoints, and none is whole.
+    UserError: there were checkpoints, and none is whole; or what `damage.read_agreed` raises but for damage.
+    RunFailure: as there.
   """
 
   def restore(step: int) -> Restored:
     with checkpoint.reader(workdir) as checkpoints:
-      return Restored(step, *checkpoint.restore(checkpoints, step, target))
+      found = damage.read_agreed(workdir, step, lambda: checkpoint.restore(checkpoints, step, target))
+    return Restored(step, *found)
 
   recorded = _recorded(workdir)  # before the hosts meet, after which the first may write it
   found, torn = newest_whole(finished(workdir), restore)
@@ -77,17 +79,13 @@ def record(workdir: Path, step: int):
 
 
 def newest_whole(steps: Sequence[int], restore: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
-  """What `restore` makes of the newest step it can restore on all hosts, and why not of those that are newer."""
+  """What `restore` makes of the newest step that is not torn, and how those that are newer are."""
   torn = {}
   for step in sorted(steps, reverse=True):
-    found, reason = None, "another host cannot read it"
     try:
-      found = restore(step)
-    except Exception as error:  # whatever Orbax makes of missing and of broken files
-      reason = checkpoint.why(error.__cause__ or error)  # what a sentence was made of, if it was
-    if not hosts.any_host(found is None):
-      return found, torn
-    torn[step] = reason
+      return restore(step), torn
+    except damage.Torn as error:  # on all hosts alike
+      torn[step] = error.reason
   return None, torn
 
 
@@ -100,10 +98,15 @@ def finished(workdir: Path) -> list[int]:
 
 
 def _recorded(workdir: Path) -> int:
+  path = workdir / "newest.json"
   try:
-    return json.loads((workdir / "newest.json").read_text())["step"]
+    return int(json.loads(path.read_text())["step"])
   except FileNotFoundError:
     return 0
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{path} is damaged ({damage.why(error)}): take it away, then give the same command again."
+    ) from None
 
 
 def _aside(workdir: Path, step: int) -> Path:

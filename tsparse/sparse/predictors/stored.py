@@ -18,6 +18,7 @@ import numpy as np
 from tsparse import files
 from tsparse.convert import rules
 from tsparse.convert.families import LAYER, PLAIN_EXPERTS, PREDICTORS, within
+from tsparse.convert.huggingface import unreadable
 from tsparse.convert.leaf import Leaf, cast
 from tsparse.convert.model import Model, place_leaves
 from tsparse.convert.rules import Rule
@@ -155,8 +156,10 @@ def _leaves(path: Path, config: ModelConfig) -> dict[str, Leaf]:
   try:
     with safe_open(path, framework="np") as opened:
       tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-  except (SafetensorError, OSError) as error:
+  except (SafetensorError, FileNotFoundError) as error:
     raise UserError(f"{path} is damaged ({error}): train the predictors again.") from None
+  except OSError as error:
+    raise unreadable(path, error) from None
   ours = rules_of(config)
   rules.check_names(ours, config, tensors)
   shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -62,7 +62,8 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.match_until = 0.0  # share of the steps that first fit each FFN to the teacher's (recipes/match.py)
   config.train.log_every = 10  # steps between lines of metrics.jsonl
   config.train.checkpoint_every = 200  # steps; the last step always is one
-  config.train.keep_checkpoints = 2
+  config.train.keep_checkpoints = 2  # the last ones
+  config.train.keep_every = 0  # steps; checkpoints at its multiples are kept for good beside the last ones; 0: none
   config.train.eval_every = 200  # steps between losses on held-out text
   config.train.eval_batches = 4  # batches of config.analysis.batch_size rows it is measured on
 

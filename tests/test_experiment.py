@@ -132,6 +132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("activation", "dreul", "Did you mean 'drelu'"),
     ("train.steps", 0, "config.train.steps is 0"),
     ("train.seq_len", 513, "the model is made for at most 512"),
+    ("train.keep_every", -1, "must not be negative"),
     ("train.z_loss", -1.0, "must not be negative"),
     ("train.router_jitter", -0.1, "must not be negative"),
     ("train.router_z_loss", 1e-3, "config.train.router_z_loss=0.001: the model has no experts"),

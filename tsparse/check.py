@@ -26,7 +26,7 @@ POSITIVE = (
   "keep_checkpoints", "eval_every", "eval_batches",
 )  # fmt: skip
 OF_ROUTERS = (*ROUTER_LOSSES, "router_jitter")
-NOT_NEGATIVE = ("final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
+NOT_NEGATIVE = ("keep_every", "final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
 FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl")
 

@@ -368,3 +368,14 @@ def test_a_checkpoint_goes_on_over_other_devices(text, whole, tmp_path):
   ours, theirs = losses(tmp_path), losses(whole)
   assert list(ours) == list(theirs)
   np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def test_checkpoints_at_multiples_of_keep_every_stay_for_good_after_a_resume_too(text, whole, tmp_path):
+  """keep_every is no multiple of checkpoint_every: what is to be kept is saved all the same."""
+  config = small(text, keep_checkpoints=1, keep_every=2)
+  go(config, tmp_path)
+  assert steps(tmp_path) == [2, 4, 6, 8] and losses(tmp_path) == losses(whole)
+  for step in (6, 8):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+  assert "resumed at step 4 of 8" in go(config, tmp_path)
+  assert steps(tmp_path) == [2, 4, 6, 8] and losses(tmp_path) == losses(whole)

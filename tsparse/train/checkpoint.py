@@ -1,4 +1,4 @@
-"""Checkpoints on disk: Orbax, asynchronous, the last N, with the position in the data inside.
+"""Checkpoints on disk: Orbax, asynchronous, the last N and every Nth step, with the position in the data inside.
 
 WORKDIR/checkpoints/STEP/{params, optimizer, data}      beside the WORKDIR's config.json (tsparse/workdir.py)
 
@@ -30,10 +30,19 @@ logging.getLogger("absl").addFilter(lambda record: not any(text in str(record.ms
 CHUNK_BYTES = 64 * 1024**2
 
 
-def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-  """The checkpoints of a workdir, to write; use it as a context, which waits for the last save."""
+def manager(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+  """The checkpoints of a workdir, to write; use it as a context, which waits for the last save.
+
+  Args:
+    workdir: ours to write.
+    keep: so many of the last ones are kept; the others are removed when the next is saved.
+    keep_every: those at multiples of so many steps are kept too, for good; 0 keeps none.
+  """
+  policies = [ocp.checkpoint_managers.LatestN(keep)]
+  if keep_every:
+    policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
   )
   return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 

@@ -349,7 +349,7 @@ def run_steps(
 
   try:
     with (
-      Saver(workdir, settings.keep_checkpoints, tell) as saver,
+      Saver(workdir, settings.keep_checkpoints, settings.keep_every, tell) as saver,
       ProgressLine(console, title, start.step, settings.steps) as bar,
       StopRequest(mesh, console) as stop,
     ):
@@ -365,7 +365,8 @@ def run_steps(
         drawn = account_metrics(hosts.gather(data.tally())) if last or step % settings.log_every == 0 else {}
         unread = {"step": step, "metrics": {**metrics, **drawn, "tokens_seen": tokens_seen}}
         evaluating = last or step % settings.eval_every == 0
-        saving = last or stopping or step % settings.checkpoint_every == 0
+        kept = settings.keep_every and step % settings.keep_every == 0
+        saving = last or stopping or kept or step % settings.checkpoint_every == 0
         if evaluating or saving:
           report(**unread)  # before anything is kept of this step, its loss is known to be finite
           unread = {}

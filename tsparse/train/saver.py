@@ -21,8 +21,8 @@ class Saver:
   save begins anew.
   """
 
-  def __init__(self, workdir: Path, keep: int, warn: Callable[[str], None]):
-    self._workdir, self._keep, self._warn = workdir, keep, warn
+  def __init__(self, workdir: Path, keep: int, keep_every: int, warn: Callable[[str], None]):
+    self._workdir, self._keep, self._keep_every, self._warn = workdir, keep, keep_every, warn
     self._manager: ocp.CheckpointManager | None = None
     self._writing: int | None = None  # the step that is being written
     self._failed: str | None = None  # why the save before did, if it did
@@ -106,7 +106,7 @@ class Saver:
 
   def _open(self):
     if self._manager is None:
-      self._manager = checkpoint.manager(self._workdir, keep=self._keep)
+      self._manager = checkpoint.manager(self._workdir, self._keep, self._keep_every)
 
   def _close(self):
     manager, self._manager = self._manager, None

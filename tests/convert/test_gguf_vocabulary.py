@@ -19,8 +19,8 @@ from tsparse.convert.gguf_vocabulary import (
   USER_DEFINED,
   read_vocabulary,
 )
+from tsparse.data import load_tokenizer
 from tsparse.errors import UserError
-from tsparse.sparse.text import load_tokenizer
 
 WORDS = ("the", "cat", "sat", "on", "that", "then", "cattle", "ate", "oats", "while", "rain", "ran", "lane", "again")
 TEXT = [" ".join(np.random.default_rng(i).choice(WORDS, 30)) for i in range(60)]

@@ -12,6 +12,7 @@ from tests.convert.test_huggingface import CASES, save_huggingface
 from tests.test_run import run
 from tsparse.convert.convert import convert
 from tsparse.convert.model import open_model
+from tsparse.data import load_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
@@ -20,7 +21,7 @@ from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, complete, l
 from tsparse.sparse.kernels.table import best_kernels
 from tsparse.sparse.layout import arrange, leaves_of
 from tsparse.sparse.sample import Sampling, choose, filtered
-from tsparse.sparse.text import Stream, chatml, encode_prompt, load_tokenizer, stop_tokens
+from tsparse.sparse.text import Stream, chatml, encode_prompt, stop_tokens
 
 FAMILIES = ("llama_yarn", "mistral", "qwen2", "olmoe", "gemma2", "mixtral", "qwen2_moe")
 PROMPTS = [[3, 14, 15, 92, 65, 35, 8, 9, 79], [31, 41, 5]]
@@ -122,6 +123,23 @@ def test_text_is_shown_once_it_is_certain():
   assert shown == ["a", "", "é", " ", "", "", "EN ", "", "", ""] and text.stopped and text.text == "aé EN "
 
 
+@pytest.mark.parametrize("vocabulary", ["bytes", "tokenizers/mistral_v1.model"])
+def test_characters_split_over_tokens_read_the_same_streamed_and_whole_wherever_the_text_is_cut(vocabulary, request):
+  name = vocabulary if vocabulary == "bytes" else str(request.getfixturevalue("shared_data") / vocabulary)
+  tokenizer, said = load_tokenizer(name), " 🫠é 漢字 \ufffd.🫠"
+  prompt = tokenizer.encode("It said:")
+  tokens = list(tokenizer.encode(f"It said:{said}"))[len(prompt) :]
+  for end in range(len(tokens) + 1):
+    text = Stream(tokenizer, prompt, ["nowhere"])
+    shown = "".join(text.add(token) for token in tokens[:end])
+    assert "\ufffd" not in shown.replace("\ufffd.", "")  # half a character waits for the other half
+    whole = tokenizer.decode([*prompt, *tokens[:end]]).removeprefix("It said:")
+    assert shown + text.rest() == text.text == whole
+    assert said.startswith(whole.rstrip("\ufffd"))
+  cut = tokenizer.decode(tokens[:-1])  # one U+FFFD for the half, or one for each of its bytes: as the library has it
+  assert text.text == said and cut.endswith("\ufffd") and cut.rstrip("\ufffd").endswith(".")
+
+
 def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
   (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
   tokenizer = dataclasses.replace(load_tokenizer("bytes"), table={"<|im_end|>": 300, "<stop>": 301})
@@ -131,6 +149,7 @@ def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
   assert encode_prompt(tokenizer, "Hi", chat=True, system="Be brief.") == [0, *tokenizer.encode(text)]
   with pytest.raises(UserError, match="no such token"):
     stop_tokens(tokenizer, tmp_path, ["<nope>"], chat=False)
+  assert stop_tokens(load_tokenizer("bytes"), tmp_path, ["</s>", "<0x0A>"], chat=False) == {1, 7, 9, 13}
 
 
 def test_a_text_ends_where_the_context_or_the_request_does(tiny):

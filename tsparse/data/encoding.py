@@ -19,12 +19,17 @@ def _bytes(text: str) -> np.ndarray:
   return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
 
 
+def _text(ids: Sequence[int]) -> str:
+  """What bytes say; U+FFFD stands for those that are no character, as in the decoders of tokenizers and transformers."""
+  return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
+
+
 BYTES = Tokenizer(
   path="bytes",
   digest="bytes",
   encode=_bytes,
   encode_all=lambda texts: list(map(_bytes, texts)),
-  decode=lambda ids: bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="ignore"),
+  decode=_text,
   table={"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)},
   bos=0,
   eos=1,

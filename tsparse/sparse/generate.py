@@ -20,6 +20,7 @@ import numpy as np
 from tsparse.activations import activation
 from tsparse.convert.model import Model, open_model
 from tsparse.data.embedded import check_embedded, check_ids, without_token
+from tsparse.data.encoding import load_tokenizer
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -31,7 +32,7 @@ from tsparse.sparse.kernels.table import KERNELS, best_kernels
 from tsparse.sparse.layout import DTYPES, arrange
 from tsparse.sparse.predictors import stored
 from tsparse.sparse.sample import Sampling, choose
-from tsparse.sparse.text import IM_END, Stream, encode_prompt, load_tokenizer, stop_tokens
+from tsparse.sparse.text import IM_END, Stream, encode_prompt, stop_tokens
 
 Array = jax.Array
 PIECE = 512  # tokens of a prompt that go through the model at once, which bounds the memory of attention

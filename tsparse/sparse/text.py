@@ -1,30 +1,14 @@
-"""Text around generation: the tokenizer without TensorFlow, ChatML, what ends a text, and text as it streams."""
+"""Text around generation: ChatML, what ends a text, and text as it streams."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tsparse.data.encoding import BYTES
-from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
+from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 HALF = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-  """The tokenizer of a vocabulary as `tsparse.data.load_vocabulary` names them, with the same ids."""
-  if name != "bytes":
-    return build_tokenizer(read_tokenizer(name))
-
-  def decode(ids: Sequence[int]) -> str:
-    return bytes(i - 3 for i in ids if 3 <= i < 259).decode("utf-8", "replace")
-
-  def encode(text: str) -> list[int]:
-    return [byte + 3 for byte in text.encode()]
-
-  return dataclasses.replace(BYTES, encode=encode, encode_all=lambda texts: list(map(encode, texts)), decode=decode)
 
 
 def chatml(prompt: str, system: str = "") -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import documents_of, settings
 from tsparse.data import accounts_at, check_data, data_settings, evaluation_batches, resolve, train_iterator
-from tsparse.data.chat import END, START, Chat, ChatEncoder
+from tsparse.data.chat import END, START, Chat, ChatEncoder, prompt_ids
 from tsparse.data.encoding import load_tokenizer, make_encoder
 from tsparse.data.sources import read_documents
 from tsparse.errors import UserError
@@ -156,6 +156,61 @@ def test_text_cannot_forge_a_turn(turbosparse, bpe, tmp_path):
     check_data(settings(f"chat:{path}"), 512)
 
 
+@pytest.fixture(params=["bytes", "bpe", "unigram", "turbosparse", "mistral", "controls", "user_defined"])
+def vocabulary(request, tmp_path):
+  """Names of vocabularies of every kind, with the markers as special tokens, as pieces of two kinds, or without."""
+  if request.param == "unigram":  # its own model reads any token with a score
+    import tokenizers as tk
+
+    tokens = ["<unk>", "<s>", "</s>", "<|endoftext|>", START, END]
+    letters = [chr(i) for i in (10, *range(32, 127))]
+    tokenizer = tk.Tokenizer(tk.models.Unigram([*((t, 0.0) for t in tokens), *((t, -9.0) for t in letters)], 0))
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return str(tmp_path)
+  if request.param in ("controls", "user_defined"):
+    import io
+
+    import sentencepiece
+
+    pieces, model = {f"{request.param.removesuffix('s')}_symbols": [START, END]}, io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([FORGED[0][1].replace("\n", " ") + " user assistant system"] * 9), model_writer=model,
+      vocab_size=300, hard_vocab_limit=False, byte_fallback=True, minloglevel=2, **pieces,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    return str(tmp_path / "tokenizer.model")
+  return request.param if request.param == "bytes" else request.getfixturevalue(request.param)
+
+
+def test_a_prompt_has_the_ids_of_training_and_no_special_token_that_people_wrote(vocabulary):
+  tokenizer = load_tokenizer(vocabulary)
+  markers = {tokenizer.table[marker] for marker in (START, END)} if START in tokenizer.table else set()
+  typed = "hi</s> <s><|endoftext|>\n<unk>  </s>" + (FORGED[0][1] if markers else "")
+  turns = [("system", typed), ("user", typed)]
+  ids = prompt_ids(tokenizer, turns)
+  tokens, mask = encoded(vocabulary, [*turns, ("assistant", "Yes. </s>")])
+  assert tokens[: len(ids)] == ids and not any(mask[: len(ids)]) and mask[len(ids)] == 1
+  special = {tokenizer.table[token] for token in tokenizer.special} | markers
+  assert [i for i in tokens if i in special] == [*map(tokenizer.table.get, [START, END] * 3)] * bool(markers)
+  for marker in (START, END) * (not markers):
+    with pytest.raises(UserError, match=r"has <\|im_.*\|> in a message, which the vocabulary has no id for"):
+      prompt_ids(tokenizer, [("user", f"a{marker}")])
+
+
+def test_what_people_wrote_has_the_ids_of_transformers_with_special_tokens_split(bpe):
+  from transformers import PreTrainedTokenizerFast
+
+  theirs = PreTrainedTokenizerFast(tokenizer_file=f"{bpe}/tokenizer.json", split_special_tokens=True)
+  typed = f"{START} a </s>b <s>{END}{END}\n"
+  start, end = (load_tokenizer(bpe).table[marker] for marker in (START, END))
+  said = theirs.encode(f"user\n{typed}", add_special_tokens=False)
+  header = theirs.encode("assistant\n", add_special_tokens=False)
+  newline = theirs.encode("\n", add_special_tokens=False)
+  assert prompt_ids(load_tokenizer(bpe), [("user", typed)]) == [start, *said, end, *newline, start, *header]
+
+
 @pytest.mark.parametrize(
   ("line", "sentence"),
   [
@@ -204,7 +259,7 @@ def root(tmp_path):
   return tmp_path
 
 
-def test_a_mixture_draws_conversations_by_all_tokens_and_scores_the_assistants(root):
+def test_a_mixture_draws_conversations_by_all_tokens_and_scores_the_assistants(root, monkeypatch):
   data = settings("", mixture="stories.jsonl:0.7,chat:sft.jsonl:0.3", root=str(root), lanes=2)
   iterator = train_iterator(data, seq_len=64, batch_size=4, seed=0)
   batches = [next(iterator) for _ in range(40)]
@@ -219,6 +274,14 @@ def test_a_mixture_draws_conversations_by_all_tokens_and_scores_the_assistants(r
   other.restore(iterator.state())
   expected = next(iterator)
   assert all((value == expected[key]).all() for key, value in next(other).items())
+  with monkeypatch.context() as patched:  # but not where conversations were encoded in another way
+    patched.setattr("tsparse.data.iterator.ENCODING", 1)
+    former = train_iterator(data, seq_len=64, batch_size=4, seed=0)
+  for a, b in ((former, iterator), (iterator, former)):
+    with pytest.raises(UserError, match="encoding of conversations was"):
+      a.restore(b.state())
+  plain = train_iterator(settings("", mixture="stories.jsonl:1", root=str(root)), seq_len=64, batch_size=8, seed=0)
+  assert b"conversations" not in json.dumps(plain._fingerprint).encode()  # positions in other text stay as they were
 
 
 def test_a_long_conversation_loses_no_token_and_no_mask(root, monkeypatch):

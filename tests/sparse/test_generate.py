@@ -21,7 +21,7 @@ from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, complete, l
 from tsparse.sparse.kernels.table import best_kernels
 from tsparse.sparse.layout import arrange, leaves_of
 from tsparse.sparse.sample import Sampling, choose, filtered
-from tsparse.sparse.text import Stream, chatml, encode_prompt, stop_tokens
+from tsparse.sparse.text import Stream, encode_prompt, stop_tokens
 
 FAMILIES = ("llama_yarn", "mistral", "qwen2", "olmoe", "gemma2", "mixtral", "qwen2_moe")
 PROMPTS = [[3, 14, 15, 92, 65, 35, 8, 9, 79], [31, 41, 5]]
@@ -145,8 +145,12 @@ def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
   tokenizer = dataclasses.replace(load_tokenizer("bytes"), table={"<|im_end|>": 300, "<stop>": 301})
   assert stop_tokens(tokenizer, tmp_path, ["<stop>"], chat=True) == {1, 7, 9, 300, 301}
   text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-  assert chatml("Hi", "Be brief.") == text
   assert encode_prompt(tokenizer, "Hi", chat=True, system="Be brief.") == [0, *tokenizer.encode(text)]
+  for said in ({"prompt": "a<|im_end|>"}, {"prompt": "a", "system": "<|im_start|>"}):
+    with pytest.raises(
+      UserError, match="The conversation has <.im_.* in a message, which the vocabulary has no id for"
+    ):
+      encode_prompt(tokenizer, chat=True, **said)
   with pytest.raises(UserError, match="no such token"):
     stop_tokens(tokenizer, tmp_path, ["<nope>"], chat=False)
   assert stop_tokens(load_tokenizer("bytes"), tmp_path, ["</s>", "<0x0A>"], chat=False) == {1, 7, 9, 13}

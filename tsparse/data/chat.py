@@ -7,9 +7,11 @@ ChatML, the template of Turbo Sparse's models:
 What an assistant says and its <|im_end|> are scored; headers, other turns, the newlines between turns and the
 end-of-text token that `config.data.eos` puts after the conversation are not.
 
-A vocabulary that holds <|im_start|> and <|im_end|> (as TurboSparse-Mistral's does) gives them as its ids, and a
-message that spells one is encoded as the letters it is: text cannot forge a turn. In any other vocabulary the markers
-are spelled out themselves, and a line whose messages spell one is malformed.
+A vocabulary that holds <|im_start|> and <|im_end|> (as TurboSparse-Mistral's does) gives them as its ids. In any other
+the markers are spelled out themselves, and a message that spells one is malformed. What people say is text: a message
+that spells a special token of the vocabulary, those two or <|endoftext|> or </s>, is encoded as the letters it is, so
+that it cannot forge a turn or the end of a text. Generation has the same ids (`prompt_ids`): those of the conversation
+up to where the assistant's answer begins.
 
 The share of such a source in a mixture is of all tokens drawn, like that of any other; its loss is of the scored ones.
 A conversation that a row's end or its own length cuts goes on as a document would, with its mask.
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tsparse.data.encoding import Encoder
+from tsparse.data.encoding import Encoder, make_encoder
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 
@@ -37,7 +39,7 @@ WANTED = (
   'a conversation is {"messages": [{"role": ..., "content": ...}, ...]} or {"instruction": ..., "input": ..., '
   '"output": ...}'
 )
-INSIDE = re.compile(r"(?<=<)(?=\|im_(?:start|end)\|>)")  # where a marker that is only text is cut in two
+ENCODING = 2  # of the ids that conversations have: part of what a saved position and a cache are told apart by
 BEFORE = "."  # stands before text that goes on while it is encoded
 
 
@@ -110,8 +112,8 @@ def _refuse_markers(turns: list[tuple[str, str]]):
     for marker in (START, END):
       if marker in content:
         raise _Malformed(
-          f"has {marker} in a message, which config.data.vocabulary has no id for, so that it could not be told from "
-          "the end of a turn"
+          f"has {marker} in a message, which the vocabulary has no id for, so that it could not be told from the end "
+          "of a turn"
         )
 
 
@@ -126,12 +128,39 @@ def has_markers(tokenizer: Tokenizer) -> bool:
   return START in tokenizer.table and END in tokenizer.table
 
 
+def prompt_ids(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> list[int]:
+  """The ids of (role, content) `turns` and of the header of the assistant's turn after them: what precedes an answer.
+
+  They are those that training has before such an answer, without the BOS that documents may begin with.
+
+  Raises:
+    UserError: a message spells a marker for which the vocabulary has no id.
+  """
+  if not has_markers(tokenizer):
+    try:
+      _refuse_markers(turns)
+    except _Malformed as e:
+      raise UserError(f"The conversation {e}; write it without.") from None
+  encoder = ChatEncoder(tokenizer, make_encoder(tokenizer, False, 0))
+  conversation, place, ids = encoder.conversation(turns, answered=False), 0, []
+  while place < len(conversation):
+    tokens, _, place = encoder.piece(conversation, place)
+    ids += tokens.tolist()
+  return ids
+
+
 class Turn(NamedTuple):
-  """A turn as text: what opens it, and what is said; `scored` says whether the latter counts in the loss."""
+  """A turn as text: what opens it, and what is said, None where that is still to come; `scored` says whether the latter
+  counts in the loss."""
 
   header: str
-  body: str
+  body: str | None
   scored: bool
+
+  @property
+  def size(self) -> int:
+    """Of what there is of it, see `Conversation`."""
+    return len(self.header) + (0 if self.body is None else len(self.body) + 1)
 
 
 class Conversation:
@@ -139,7 +168,7 @@ class Conversation:
 
   def __init__(self, turns: list[Turn]):
     self.turns = turns
-    self.ends = list(itertools.accumulate(len(turn.header) + len(turn.body) + 1 for turn in turns))
+    self.ends = list(itertools.accumulate(turn.size for turn in turns))
 
   def __len__(self) -> int:
     return self.ends[-1]
@@ -155,18 +184,23 @@ class ChatEncoder:
   def __init__(self, tokenizer: Tokenizer, encoder: Encoder):
     """`encoder` says how long pieces are, and whether conversations end with an end-of-text token."""
     self._ids = {marker: tokenizer.table[marker] for marker in (START, END)} if has_markers(tokenizer) else {}
-    self._tokens_of = tokenizer.encode
+    self._spell = tokenizer.spell
+    self._inside = _inside(tokenizer)
     self._eos, self._size = encoder.eos, encoder.size
     self._first = dataclasses.replace(encoder, encode=self._ordinary, eos=None, own_space=False)
     self._further = dataclasses.replace(self._first, encode=self._after)
-    self._before = list(tokenizer.encode(BEFORE))
+    self._before = list(tokenizer.spell(BEFORE))
     self._newline = self._ordinary("\n") if self._ids else self._after("\n")
 
   def open(self, text: str) -> Conversation:
     """A conversation from what `Chat.text_of` made of it."""
+    return self.conversation(json.loads(text))
+
+  def conversation(self, turns: Sequence[tuple[str, str]], answered: bool = True) -> Conversation:
+    """A conversation of (role, content); unless `answered`, an assistant's turn of which nothing is said comes last."""
     start, end = ("", "") if self._ids else (START, END)
-    turns = [Turn(f"{start}{role}\n", content + end, role == "assistant") for role, content in json.loads(text)]
-    return Conversation(turns)
+    made = [Turn(f"{start}{role}\n", content + end, role == "assistant") for role, content in turns]
+    return Conversation(made if answered else [*made, Turn(f"{start}assistant\n", None, False)])
 
   def first_pieces(self, conversations: Sequence[Conversation]) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """`piece(conversation, 0)` of each."""
@@ -190,14 +224,16 @@ class ChatEncoder:
       if end == begin:
         add([self._ids[START]] if self._ids else [], False)
       encoder = self._first if end == begin and (self._ids or number == 0) else self._further
-      if end == begin and scored:
+      if body is None:
+        said, place = encoder.encode(header), len(header)
+      elif end == begin and scored:
         opening, said, place = self._opened(encoder, header, body)
         add(opening, False)
       else:
         said, _, place = encoder.piece(header + body, end - begin)
       add(said, scored)
       end = begin + place
-      if place == len(header) + len(body):
+      if body is not None and place == len(header) + len(body):
         add([self._ids[END]] if self._ids else [], scored)
         add(self._newline, False)
         end += 1
@@ -215,14 +251,23 @@ class ChatEncoder:
     return opening, said, len(header) + place
 
   def _ordinary(self, text: str) -> list[int]:
-    """Tokens of text in which no marker becomes its id, unless markers are text."""
-    first, *others = INSIDE.split(text) if self._ids else [text]
-    return sum(map(self._continued, others), list(self._tokens_of(first)))
+    """Tokens of text in which no special token is read."""
+    first, *others = self._inside.split(text) if self._inside else [text]
+    return sum(map(self._continued, others), list(self._spell(first)))
 
   def _after(self, text: str) -> list[int]:
     """The same of text that goes on after other text: without the space that SentencePiece puts before a text."""
-    return sum(map(self._continued, INSIDE.split(text) if self._ids else [text]), [])
+    return sum(map(self._continued, self._inside.split(text) if self._inside else [text]), [])
 
   def _continued(self, text: str) -> list[int]:
-    whole, size = list(self._tokens_of(BEFORE + text)), len(self._before)
-    return whole[size:] if whole[:size] == self._before else list(self._tokens_of(text))
+    whole, size = list(self._spell(BEFORE + text)), len(self._before)
+    return whole[size:] if whole[:size] == self._before else list(self._spell(text))
+
+
+def _inside(tokenizer: Tokenizer) -> re.Pattern | None:
+  """The places in a text, after the first character of a special token, at which it is cut so that no such token is
+  read; None where `spell` reads none: a SentencePiece model does read pieces that are declared as user-defined, and
+  Unigram any that has a score."""
+  tokens = {*tokenizer.special, *((START, END) if has_markers(tokenizer) else ())}
+  read = sorted(t for t in tokens if len(t) > 1 and tokenizer.table[t] in list(tokenizer.spell(t)))
+  return re.compile("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in read)) if read else None

@@ -20,7 +20,7 @@ def _bytes(text: str) -> np.ndarray:
 
 
 def _text(ids: Sequence[int]) -> str:
-  """What bytes say; U+FFFD stands for those that are no character, as in the decoders of tokenizers and transformers."""
+  """What bytes say; U+FFFD stands for what is no character, as in the decoders of tokenizers and transformers."""
   return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
 
 
@@ -29,6 +29,7 @@ BYTES = Tokenizer(
   digest="bytes",
   encode=_bytes,
   encode_all=lambda texts: list(map(_bytes, texts)),
+  spell=_bytes,
   decode=_text,
   table={"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)},
   bos=0,

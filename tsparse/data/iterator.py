@@ -15,7 +15,7 @@ import numpy as np
 
 from tsparse.data import resolve, tasks
 from tsparse.data.accounting import pack, unpack
-from tsparse.data.chat import ChatEncoder
+from tsparse.data.chat import ENCODING, ChatEncoder
 from tsparse.data.embedded import check_embedded, check_ids
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
@@ -124,9 +124,9 @@ class TrainIterator:
       saved = unpack(state)
       fingerprint, lanes = saved["fingerprint"], saved["lanes"]
     changed = [
-      f"{key} was {fingerprint.get(key)} and is {value}"
-      for key, value in self._fingerprint.items()
-      if fingerprint.get(key) != value
+      f"{key} was {fingerprint.get(key)} and is {self._fingerprint.get(key)}"
+      for key in self._fingerprint | fingerprint
+      if fingerprint.get(key) != self._fingerprint.get(key)
     ]
     if changed:
       raise UserError(
@@ -191,6 +191,8 @@ def train_iterator(
   }
   if data.cached:
     fingerprint["data.cached"] = True  # the order of the documents is another
+  if any(source.chat for source, _ in chosen):
+    fingerprint["encoding of conversations"] = ENCODING
   for source, split in chosen:
     key = "data.train" if len(chosen) == 1 else f"source {source.name}"
     content = source.documents[split].fingerprint() if source.documents else source.task
@@ -226,7 +228,7 @@ def _mixer(
 ) -> Mixer:
   tokenizer = load_tokenizer(data.vocabulary)
   encoder = make_encoder(tokenizer, data.eos, seq_len)
-  chat = ChatEncoder(tokenizer, encoder)
+  chat = ChatEncoder(tokenizer, encoder) if any(source.chat for source, _ in chosen) else encoder
   streams: list[Stream] = []
   lengths = []
   bytes_per_token = 1 if data.vocabulary == "bytes" else 4  # roughly

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tsparse.data.chat import ChatEncoder
+from tsparse.data.chat import ENCODING, ChatEncoder
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.sources import Documents
 from tsparse.data.tensorflow import load_tensorflow
@@ -78,6 +78,7 @@ def files_task(name: str, documents: Mapping[str, Documents], vocabulary: str, c
   """
   seqio, tf = load_tensorflow()
   content = "".join(f"{split} {part.files} {part.fingerprint()}" for split, part in documents.items())
+  content += f" conversations {ENCODING}" if chat else ""
   name = f"{PREFIX}{name}.{_digest(content + tokenizer_digest(vocabulary))}"
   if name not in seqio.TaskRegistry.names():
     seqio.TaskRegistry.add(

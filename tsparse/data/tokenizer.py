@@ -7,6 +7,7 @@ Both follow transformers, with whose ids theirs are equal:
   transformers 5.23 reads such a file otherwise (leading spaces and runs of spaces) than the models were trained.
 - Text that spells a special token (`<s>`, `<unk>`, `<|im_start|>`) becomes that token, not its letters. Where
   SentencePiece would spell it out, the text is cut there and each part is encoded by itself, with its leading space.
+  Messages of a chat are the exception (`chat.py`): `Tokenizer.spell` gives their letters.
 - Tokens beyond the tokenizer's own come from the files beside it: `added_tokens_decoder` of tokenizer_config.json, then
   added_tokens.json, then (for a SentencePiece model) tokenizer.json. A token that they name without an id, such as a
   `pad_token`, counts where the tokenizer has it; no id is made up for it.
@@ -41,6 +42,9 @@ class Tokenizer:
     digest: of its content.
     encode: text -> ids, without BOS and EOS.
     encode_all: the same of several texts in one call, in which Python's lock is free: other threads run.
+    spell: text -> ids, where what spells a special token is its letters: transformers' `split_special_tokens`. A
+      SentencePiece model matches its user-defined pieces all the same, as the tokenizers library does added tokens
+      that are not special.
     decode: ids -> text; BOS and EOS are left out, other special tokens are written as they are spelled.
     table: token -> id, added tokens included.
     bos: the id a document begins with: EOS where the tokenizer has no BOS, as such models are trained.
@@ -49,12 +53,14 @@ class Tokenizer:
     adds_bos: whether transformers and lm-eval put BOS in front of a text: where the post-processor of a tokenizer.json
       does, and for a SentencePiece model that has one. Documents begin with `bos` in any case.
     own_size: how many ids there are without the tokens that were added to the tokenizer; None for all.
+    special: the tokens that are no text: controls, BOS and EOS among them.
   """
 
   path: str
   digest: str
   encode: Callable[[str], list[int]]
   encode_all: Callable[[Sequence[str]], list[list[int]]]
+  spell: Callable[[str], list[int]]
   decode: Callable[[Sequence[int]], str]
   table: Mapping[str, int]
   bos: int
@@ -62,6 +68,7 @@ class Tokenizer:
   unk: int | None
   adds_bos: bool = True
   own_size: int | None = None
+  special: frozenset[str] = frozenset()
 
   @functools.cached_property
   def size(self) -> int:
@@ -242,6 +249,15 @@ def _hugging_face(source: Source) -> Tokenizer:
   def encode_all(texts):
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+  @functools.cache  # a second tokenizer: the switch is not an argument of `encode`, which several threads call
+  def speller():
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+  def spell(text):
+    return speller().encode(text, add_special_tokens=False).ids
+
   framed = tokenizer.encode("a")
   first, last = framed.special_tokens_mask[:1] == [1], framed.special_tokens_mask[1:][-1:] == [1]
   own = {"bos": framed.ids[0] if first else None, "eos": framed.ids[-1] if last else None}
@@ -252,11 +268,12 @@ def _hugging_face(source: Source) -> Tokenizer:
   def decode(ids):
     return tokenizer.decode([i for i in ids if i not in (bos, eos)], skip_special_tokens=False)
 
+  special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+  special |= {token for token, i in table.items() if i in (bos, eos)}
   added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
   own_size = 1 + max((number for token, number in table.items() if token not in added), default=-1)
-  return Tokenizer(
-    source.path, source.digest, encode, encode_all, decode, table, bos, eos, table.get(unk), first, own_size
-  )
+  functions, ids = (encode, encode_all, spell, decode), (bos, eos, table.get(unk))
+  return Tokenizer(source.path, source.digest, *functions, table, *ids, first, own_size, frozenset(special))
 
 
 def _sentencepiece(source: Source) -> Tokenizer:
@@ -307,7 +324,8 @@ def _sentencepiece(source: Source) -> Tokenizer:
     return "".join(parts)
 
   unk, begins = model.unk_id(), own["bos"] is not None
-  return Tokenizer(source.path, source.digest, encode, encode_all, decode, table, bos, eos, unk, begins, own_size=size)
+  functions = encode, encode_all, model.encode, decode
+  return Tokenizer(source.path, source.digest, *functions, table, bos, eos, unk, begins, size, frozenset(special))
 
 
 def _pattern(content: str, single_word=False, lstrip=False, rstrip=False, **_unused) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from tsparse.activations import activation
 from tsparse.convert.model import Model, open_model
+from tsparse.data.chat import END
 from tsparse.data.embedded import check_embedded, check_ids, without_token
 from tsparse.data.encoding import load_tokenizer
 from tsparse.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from tsparse.sparse.kernels.table import KERNELS, best_kernels
 from tsparse.sparse.layout import DTYPES, arrange
 from tsparse.sparse.predictors import stored
 from tsparse.sparse.sample import Sampling, choose
-from tsparse.sparse.text import IM_END, Stream, encode_prompt, stop_tokens
+from tsparse.sparse.text import Stream, encode_prompt, stop_tokens
 
 Array = jax.Array
 PIECE = 512  # tokens of a prompt that go through the model at once, which bounds the memory of attention
@@ -307,7 +308,7 @@ def complete(
         f"prompt {number + 1} is {len(row)} tokens and the model's context is {context}: give at most {context - 1}."
       )
   ends = stop_tokens(tokenizer, decoder.path, request.stop_tokens, request.chat)
-  stops = (*request.stops, IM_END) if request.chat else request.stops
+  stops = (*request.stops, END) if request.chat else request.stops
   texts = [Stream(tokenizer, row, stops) for row in ids]
   tokens, finish = [[] for _ in ids], [""] * len(ids)
   clock, timed, modes = 0.0, 0, []

@@ -1,31 +1,26 @@
-"""Text around generation: ChatML, what ends a text, and text as it streams."""
+"""Text around generation: the ids of a prompt, what ends a text, and text as it streams."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tsparse.data.chat import END, prompt_ids
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 HALF = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
-
-
-def chatml(prompt: str, system: str = "") -> str:
-  """One turn of a user as ChatML, up to where the answer begins."""
-  turns = ([("system", system)] if system else []) + [("user", prompt)]
-  return "".join(f"{IM_START}{role}\n{text}{IM_END}\n" for role, text in turns) + f"{IM_START}assistant\n"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool = False, system: str = "") -> list[int]:
   """BOS and the prompt; a chat of a tokenizer without a BOS of its own begins with its first turn.
 
   Raises:
-    UserError: the prompt is empty.
+    UserError: the prompt is empty, or a chat's spells what the vocabulary has no id for (`chat.prompt_ids`).
   """
   if not prompt.strip():
     raise UserError("the prompt is empty: give some text to go on from.")
-  ids = tokenizer.encode(chatml(prompt, system) if chat else prompt)
+  turns = [("system", system)] * bool(system) + [("user", prompt)]
+  ids = prompt_ids(tokenizer, turns) if chat else list(tokenizer.encode(prompt))
   return ids if chat and tokenizer.bos == tokenizer.eos else [tokenizer.bos, *ids]
 
 
@@ -41,7 +36,7 @@ def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: 
       f"--stop_token={unknown[0]}: the tokenizer {tokenizer.path} has no such token; text that is several tokens is "
       "given as --stop."
     )
-  names = [*names, IM_END] if chat and IM_END in tokenizer.table else names
+  names = [*names, END] if chat and END in tokenizer.table else names
   path = folder / "generation_config.json"
   try:
     listed = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None

@@ -51,7 +51,8 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.z_loss = 0.0  # weight of (log Z)^2; PaLM used 1e-4
   # of a model with experts (tsparse/models/router.py); each loss is logged under its name, as it is added to the loss
   config.train.router_z_loss = 0.0  # weight of logsumexp(router logits)^2; ST-MoE used 1e-3
-  config.train.router_balance_loss = 0.0  # weight of E sum_e f_e P_e, of each microbatch; Switch used 1e-2
+  config.train.router_balance_loss = 0.0  # weight of E sum_e f_e P_e of the whole batch; Switch used 1e-2.
+  # With several microbatches f_e takes a forward pass of the layers over all of them before the first backward pass.
   config.train.router_jitter = 0.0  # what routers read is multiplied by noise in 1 +- it; Switch used 1e-2
   config.train.rules = ""  # what is trained, "REGEX=NUMBER; REGEX=lora:R" (tsparse/recipes/trained.py); "" is all
   # distillation (tsparse/recipes/distill.py): loss = (1 - weight) cross-entropy + weight T^2 KL(teacher || model)

@@ -82,17 +82,14 @@ def with_keys(step=0):
   return rows | {"router_keys": keys}
 
 
-def test_microbatches_change_the_balance_loss_alone_which_is_that_of_each():
-  """The noise of a row goes with it to its microbatch."""
+def test_microbatches_change_neither_the_losses_of_routers_nor_their_noise():
+  """The noise of a row goes with it to its microbatch; tests/train/test_microbatches.py has the gradients."""
   sums = jax.jit(lambda p, b: summed_gradients(p, b, model(), WEIGHTS, JITTER, 2, 1.0)[1])(params(), with_keys())
-  forward = jax.jit(lambda p, b: summed_loss(p, b, model(), WEIGHTS, JITTER)[1])
-  whole, *parts = (forward(params(), {k: x[rows] for k, x in with_keys().items()}) for rows in np.s_[:, ::2, 1::2])
+  whole = jax.jit(lambda p, b: summed_loss(p, b, model(), WEIGHTS, JITTER)[1])(params(), with_keys())
   assert float(sums.nll) == pytest.approx(float(whole.nll), rel=1e-5)
-  assert float(sums.added["router_z_loss"]) == pytest.approx(float(whole.added["router_z_loss"]), rel=1e-5)
+  for name in ("router_z_loss", "router_balance_loss"):
+    assert float(sums.added[name]) == pytest.approx(float(whole.added[name]), rel=1e-5)
   np.testing.assert_array_equal(sums.counts["ffn"].routed, whole.counts["ffn"].routed)
-  of_each = sum(float(part.added["router_balance_loss"]) for part in parts)
-  assert float(sums.added["router_balance_loss"]) == pytest.approx(of_each, rel=1e-5)
-  assert abs(of_each / float(whole.added["router_balance_loss"]) - 1) > 1e-4
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def router_z_loss(sums: RouterSums, tokens: Array) -> Array:
 
   Args:
     sums: of each layer, leading axis L.
-    tokens: [] float32, how many they are sums over; not 0.
+    tokens: [] float32, how many they are sums over, or of a microbatch the real tokens of the whole batch; not 0.
   """
   return jnp.mean(sums.log_z_squared) / tokens
 
@@ -87,14 +87,14 @@ def router_z_loss(sums: RouterSums, tokens: Array) -> Array:
 def router_balance_loss(sums: RouterSums, routed: Array, tokens: Array) -> Array:
   """Mean over the layers of  E sum_e f_e P_e  (Switch, arXiv 2101.03961, eq. 4): 1 when balanced, E when all go to one.
 
-  f_e is the share of the token-choices that expert e got (it has no gradient), P_e the mean of its probability. A
-  product of two means over the tokens at hand: over a batch computed in microbatches it is that of each of them, not
-  that of the whole, and keeps each balanced. On a mesh the means are over the tokens of all devices.
+  f_e is the share of the token-choices of the batch that expert e got (it has no gradient), P_e the mean of its
+  probability over all real tokens. Both are means over the whole batch, on all devices and of all microbatches: balance
+  within each microbatch would keep experts from specialising (Demons in the Detail, arXiv 2501.11873).
 
   Args:
-    sums: of each layer, leading axis L.
-    routed: [L, E] float32, token-choices each expert got.
-    tokens: [] float32, how many they are sums over; not 0.
+    sums: of each layer, leading axis L. The values of microbatches add up to that of the batch.
+    routed: [L, E] float32, token-choices each expert got in the whole batch.
+    tokens: [] float32, real tokens of the whole batch; not 0.
   """
   share = routed / jnp.maximum(routed.sum(-1, keepdims=True), 1)  # f
   return routed.shape[-1] * jnp.mean(jnp.sum(share * sums.probability / tokens, axis=-1))

@@ -1,6 +1,8 @@
 """What makes entries of the FFN hidden small, and how much it weighs: loss += sum over layers of lambda * penalty.
 
-The penalty of a layer is the mean over the scored tokens of a batch of the sum over the entries of a token's hidden.
+The penalty of a layer is the mean over all real tokens of the whole batch, scored or not, of the sum over the entries
+of a token's hidden (with experts: of the hidden of each expert that it reached, each counted once). It does not depend
+on the loss mask nor on the number of microbatches.
 """
 
 from collections.abc import Callable, Sequence

@@ -19,10 +19,10 @@ from tsparse.models.counts import (
 )
 from tsparse.models.loss import scored, summed_cross_entropy
 from tsparse.models.router import Jitter, router_balance_loss, router_z_loss
-from tsparse.models.transformer import Transformer, ffn_passes, final_hidden, head_of
+from tsparse.models.transformer import FFNPass, Transformer, ffn_passes, final_hidden, head_of
 from tsparse.recipes import guards
 from tsparse.recipes.distill import Read, summed_distillation
-from tsparse.recipes.match import matching_loss
+from tsparse.recipes.match import matching_loss, squared_aims
 from tsparse.recipes.recipe import Recipe
 from tsparse.recipes.teacher import Teacher
 from tsparse.sharding import constrain
@@ -74,11 +74,51 @@ class Extra:
   own: Any
 
 
+@struct.dataclass
+class Totals:
+  """What the terms of the loss of some microbatches need to know of the whole batch. Nothing here has a gradient.
+
+  Attributes:
+    scored: [] float32, tokens whose prediction is scored.
+    tokens: [] float32, real tokens.
+    routed: [L, E] float32, token-choices that each expert got; None where the balance loss weighs 0.
+    aims: by stack of layers [L] float32, the squared norm of what the teacher's FFNs gave; None without matching.
+  """
+
+  scored: jax.Array
+  tokens: jax.Array
+  routed: jax.Array | None = None
+  aims: dict[str, jax.Array] | None = None
+
+
 def _read(model: Transformer, params: Any, hidden: jax.Array) -> Read:
   return Read(hidden, head_of(model, params), model.config.final_softcap)
 
 
 ROUTER_LOSSES = ("router_z_loss", "router_balance_loss")  # their definitions: tsparse/models/router.py
+
+
+def _asked(batch: Batch, router_jitter: float, extra: Extra | None) -> dict[str, Any]:
+  """The intervention and the jitter of a forward pass of training."""
+  intervention = extra.recipe.intervention(extra.step) if extra else None
+  return {
+    "intervention": intervention,
+    "jitter": Jitter(batch["router_keys"].T, router_jitter) if router_jitter else None,
+  }
+
+
+def _of_teacher(params: Any, batch: Batch, extra: Extra) -> tuple[Any, jax.Array, dict[str, FFNPass] | None]:
+  """The teacher's parameters, the hidden that its head reads, and what its FFNs read and gave if they are matched."""
+  theirs = jax.lax.stop_gradient(extra.teacher.whole(extra.own, params))
+  if extra.recipe.match_steps:
+    return theirs, *jax.lax.stop_gradient(ffn_passes(extra.teacher.model, theirs, batch))
+  return theirs, jax.lax.stop_gradient(final_hidden(extra.teacher.model, theirs, batch)[0]), None
+
+
+def _totals(batch: Batch) -> Totals:
+  """Those that the tokens of a batch alone tell, in one piece or in microbatches."""
+  tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+  return Totals(jnp.sum(scored(batch), dtype=jnp.float32), jnp.maximum(tokens, 1))
 
 
 def summed_loss(
@@ -88,37 +128,36 @@ def summed_loss(
   weights: Mapping[str, float],
   router_jitter: float = 0.0,
   extra: Extra | None = None,
+  totals: Totals | None = None,
 ) -> tuple[jax.Array, Sums]:
   """Sum over the batch's scored tokens of  -log p(target) + sum over the added terms of weight * term.
+
+  The terms that are means over real tokens (those of the routers, the penalty, the matching) are means over all real
+  tokens of the whole batch, scored or not, and every scored token of the whole batch has them once. So the sums of
+  microbatches, with the `totals` of the whole, add up to the sum of the whole, and their gradients do.
 
   Args:
     params: of the model.
     batch: with router_jitter also router_keys, [B, L] random keys.
     model: the decoder.
-    weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, means over all real tokens which every
-      scored token shares equally and which are not computed when both weigh 0.
+    weights: of z_loss, (log Z)^2 (PaLM, arXiv 2204.02311), and of ROUTER_LOSSES, which are not computed when both weigh
+      0.
     router_jitter: epsilon of the routers' Jitter.
-    extra: of a recipe. Its terms are weighted already: `sparsity_penalty`, lambda times the penalty, which every scored
-      token shares equally too, and `distillation`, w T^2 KL, beside which -log p(target) weighs 1 - w only. While the
-      FFNs are matched the loss is `matching` alone, which has as much weight as all tokens together.
+    extra: of a recipe. Its terms are weighted already: `sparsity_penalty`, lambda times the penalty, and
+      `distillation`, w T^2 KL, beside which -log p(target) weighs 1 - w only. While the FFNs are matched the loss is
+      `matching` alone, which has as much weight as all tokens together.
+    totals: of the whole batch, of which `batch` is a microbatch; None where it is the whole.
   """
-  jitter = Jitter(batch["router_keys"].T, router_jitter) if router_jitter else None
   with_router = any(weights.get(name) for name in ROUTER_LOSSES)
-  intervention = extra.recipe.intervention(extra.step) if extra else None
-  asked = {"intervention": intervention, "jitter": jitter, "with_router": with_router}
-  counted = scored(batch)
-  sharing = jnp.sum(counted, dtype=jnp.float32)
+  asked = _asked(batch, router_jitter, extra)
+  counted, totals = scored(batch), totals or _totals(batch)
   distill = extra.recipe.distill_weight if extra else 0.0
   teacher_hidden, passes = None, None
   if extra and extra.teacher:
-    theirs = jax.lax.stop_gradient(extra.teacher.whole(extra.own, params))
-    if extra.recipe.match_steps:
-      teacher_hidden, passes = jax.lax.stop_gradient(ffn_passes(extra.teacher.model, theirs, batch))
-    else:
-      teacher_hidden = jax.lax.stop_gradient(final_hidden(extra.teacher.model, theirs, batch)[0])
+    theirs, teacher_hidden, passes = _of_teacher(params, batch, extra)
 
   def whole(params: Any) -> tuple[jax.Array, Sums]:
-    hidden, counts, router = final_hidden(model, params, batch, **asked)
+    hidden, counts, router = final_hidden(model, params, batch, **asked, with_router=with_router)
     read, z_weight = _read(model, params, hidden), weights.get("z_loss", 0.0)
     if distill:
       recipe, of_teacher = extra.recipe, _read(extra.teacher.model, theirs, teacher_hidden)
@@ -130,22 +169,23 @@ def summed_loss(
       included, added = {"z_loss": z_loss}, {}
     penalty = penalty_per_layer(counts) if extra and extra.weights is not None else None
     counts = jax.lax.stop_gradient({kind: c.replace(penalty=None) for kind, c in counts.items()})
-    if with_router or penalty is not None:
-      tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32), 1)
     if with_router:
-      added["router_z_loss"] = sharing * router_z_loss(router, tokens)
-      added["router_balance_loss"] = sharing * router_balance_loss(router, counts["ffn"].routed, tokens)
+      routed = counts["ffn"].routed if totals.routed is None else totals.routed
+      added["router_z_loss"] = totals.scored * router_z_loss(router, totals.tokens)
+      added["router_balance_loss"] = totals.scored * router_balance_loss(router, routed, totals.tokens)
     if penalty is not None:
-      added["sparsity_penalty"] = sharing * jnp.sum(extra.weights * penalty) / tokens
+      added["sparsity_penalty"] = totals.scored * jnp.sum(extra.weights * penalty) / totals.tokens
     loss += sum(weights.get(name, 1.0) * term for name, term in added.items())
     return loss, Sums(nll=nll, added=included | added, counts=counts)
 
   if not passes:
     return whole(params)
+  valid = batch["segment_ids"] > 0
+  aims = squared_aims(passes, valid) if totals.aims is None else totals.aims
 
   def matching(params: Any) -> tuple[jax.Array, Sums]:
     _, sums = whole(jax.lax.stop_gradient(params))
-    loss = sharing * matching_loss(model, params, passes, batch["segment_ids"] > 0, intervention or {})
+    loss = totals.scored * matching_loss(model, params, passes, aims, valid, asked["intervention"] or {})
     return loss, sums.replace(added=jax.tree.map(jnp.zeros_like, sums.added) | {"matching": loss})
 
   def after(params: Any) -> tuple[jax.Array, Sums]:
@@ -171,8 +211,8 @@ def summed_gradients(
   second copy of them. The scale is what the backward pass begins with, so that nothing need be read again for it.
   """
 
-  def loss_of(params, batch):
-    return summed_loss(params, batch, model, weights, router_jitter, extra)
+  def loss_of(params, batch, totals=None):
+    return summed_loss(params, batch, model, weights, router_jitter, extra, totals)
 
   if microbatches == 1:
     _, backward, sums = jax.vjp(lambda p: loss_of(p, batch), params, has_aux=True)
@@ -182,17 +222,60 @@ def summed_gradients(
     return constrain(x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1), "LBT")  # [A, B/A, T]
 
   total = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
-
-  def add(sums, microbatch):
-    _, backward, more = jax.vjp(lambda p: loss_of(p, microbatch), params, has_aux=True)
-    backward.with_refs(total)(scale)
-    return jax.tree.map(jnp.add, sums, more), None
-
   batch = jax.tree.map(split, batch)
-  sums = jax.eval_shape(lambda b: loss_of(params, b)[1], jax.tree.map(lambda x: x[0], batch))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-  sums = jax.lax.scan(add, zeros, batch)[0]
+  totals = whole_totals(params, batch, model, weights, router_jitter, extra)
+
+  def add(microbatch):
+    _, backward, more = jax.vjp(lambda p: loss_of(p, microbatch, totals), params, has_aux=True)
+    backward.with_refs(total)(scale)
+    return more
+
+  sums = _added_up(add, batch, _zeros(lambda b: loss_of(params, b, totals)[1], batch))
   return jax.tree.map(jax.ref.freeze, total), sums
+
+
+def _zeros(function: Callable[[Batch], Any], microbatches: Batch) -> Any:
+  """Zeros of what the function gives for a microbatch."""
+  found = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+
+
+def _added_up(function: Callable[[Batch], Any], microbatches: Batch, zeros: Any) -> Any:
+  """The sum of what the function gives for the microbatches, one after the other."""
+  return jax.lax.scan(lambda sums, one: (jax.tree.map(jnp.add, sums, function(one)), None), zeros, microbatches)[0]
+
+
+def whole_totals(
+  params: Any,
+  microbatches: Batch,
+  model: Transformer,
+  weights: Mapping[str, float],
+  router_jitter: float,
+  extra: Extra | None,
+) -> Totals:
+  """The Totals of a batch in microbatches, [A, B/A, T].
+
+  What stands beside a gradient in a product, or below it in a quotient, must be known before the first backward pass:
+  the experts' shares of the whole batch, and the norms that the matching is relative to. Where there are such terms,
+  they take a forward pass of the layers over all microbatches, without head and gradient (of the teacher, for the
+  matching, and as long as that lasts).
+  """
+  totals = _totals(microbatches)
+
+  def routed(one):
+    return final_hidden(model, params, one, **_asked(one, router_jitter, extra))[1]["ffn"].routed
+
+  def aims(one):
+    return squared_aims(_of_teacher(params, one, extra)[2], one["segment_ids"] > 0)
+
+  if weights.get("router_balance_loss"):
+    totals = totals.replace(routed=_added_up(routed, microbatches, _zeros(routed, microbatches)))
+  if extra and extra.recipe.match_steps:
+    none = _zeros(aims, microbatches)
+    matched = extra.step < extra.recipe.match_steps
+    found = jax.lax.cond(matched, lambda: _added_up(aims, microbatches, none), lambda: none)
+    totals = totals.replace(aims=found)
+  return jax.lax.stop_gradient(totals)
 
 
 def make_train_step(

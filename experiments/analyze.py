@@ -38,7 +38,7 @@ PARTS = flags.DEFINE_list(
 EXPORT = flags.DEFINE_string(
   "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."
 )
-TOKENS = flags.DEFINE_integer("tokens", 65_536, "How many tokens are evaluated at most.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens to evaluate; fewer where the text ends.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
 )

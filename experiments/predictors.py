@@ -30,7 +30,7 @@ STEPS = flags.DEFINE_integer("steps", 500, "Batches of text that are trained on.
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak of the learning rate. Default: 0.08 / sqrt(D).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a batch.", lower_bound=1)
 SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row. Default: as trained here, else 512.", lower_bound=1)
-TOKENS = flags.DEFINE_integer("tokens", 32_768, "How many tokens are measured on at most.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", 32_768, "Tokens to measure on; fewer where the text ends.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the order of the text and of the initial weights.")
 
 

@@ -135,7 +135,10 @@ def test_a_real_model_has_the_loss_of_transformers_and_its_own_vocabulary(small,
 
 def test_only_a_part_of_the_text_is_said(small, tmp_path):
   (made,) = analyze([small[0]], small[1], tmp_path / "out", tokens=30)["models"]
-  assert made["data"] == f"{small[1]} (a part of it)" and made["documents"] < 3 and made["tokens"] <= 30
+  assert made["data"] == f"{small[1]} (a part of it)" and made["documents"] < 3 and made["tokens"] == 30
+  assert made["documents_cut"] == 1 and "(1 of the documents cut at the 30 tokens asked for)" in str(
+    json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
+  )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,11 @@ def test_thresholds_are_found_on_documents_that_are_not_evaluated(small, tmp_pat
   text = evaluation_batches(source, max_tokens=500, **settings)
   others = analysis_run._calibration(model, source, text, settings)
   assert others.documents + text.documents == everything.documents == 40
-  assert others.tokens + text.tokens == everything.tokens
+  assert (text.tokens, text.cut) == (500, 1)
+  longest = max(len(line.encode()) + 1 for line in TEXTS)
+  assert 0 <= everything.tokens - others.tokens - text.tokens < longest  # the end of the document that is cut
+  text = evaluation_batches(source, max_tokens=everything.tokens - 1, **settings)
+  assert not text.complete and analysis_run._calibration(model, source, text, settings) is None
 
 
 def test_an_analysis_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):

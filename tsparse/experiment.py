@@ -57,9 +57,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
         raise UserError(f"{stage.place}{error}") from None
       workdirs.check_free(stage.folder, stage.config)
     texts = held_out_texts(stages, config)
-    lines = [describe(data_settings(config.data))]
+    lines = [describe(data_settings(config.data)), held_out_line(config.data, texts["main"])]
     for phase in phases_of(stages):
       lines += [describe_phase(phase, config), describe(data_settings(phase.config.data))]
+      lines += [held_out_line(phase.config.data, texts[phase.name])]
   for line in dict.fromkeys(filter(None, lines)):
     console.print(f"data  {line}", highlight=False, soft_wrap=True)
 
@@ -155,6 +156,13 @@ def held_out_texts(
       read = data_settings(data, embedded=config.model.vocab_size)
       found[data.to_json()] = evaluation_batches(read, **sizes), evaluation_by_source(read, **sizes)
   return {stage.name: found[stage.config.data.to_json()] for stage in stages}
+
+
+def held_out_line(data: ml_collections.ConfigDict, texts: tuple[EvaluationSet, dict[str, EvaluationSet]]) -> str:
+  """What is evaluated on, as the console says it, with the sources of a mixture that are short."""
+  held_out, by_source = texts
+  notes = "".join(f"; {name}: {each.size}" for name, each in by_source.items() if each.complete and each.note)
+  return f"held out of {text_name(data)}: {held_out.size}{notes}"
 
 
 def analyze_stages(

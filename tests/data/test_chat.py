@@ -307,7 +307,7 @@ def test_a_long_conversation_loses_no_token_and_no_mask(root, monkeypatch):
 
 def test_evaluation_scores_what_the_assistant_says(root):
   data = settings(f"chat:{root / 'sft.jsonl'}")
-  held_out = evaluation_batches(data, seq_len=128, batch_size=2, max_tokens=400)
+  held_out = evaluation_batches(data, seq_len=128, batch_size=2, max_tokens=10**5)
   documents = documents_of(held_out.batches)
   mask = np.concatenate([batch["loss_mask"][batch["segment_ids"] > 0] for batch in held_out.batches])
   flat = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in held_out.batches])

@@ -8,8 +8,18 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.data.conftest import documents_of, settings
-from tsparse.data import accounts_at, check_data, evaluation_batches, merge_positions, train_iterator
-from tsparse.data.encoding import load_tokenizer, make_encoder
+from tsparse.data import (
+  DataSettings,
+  NoText,
+  accounts_at,
+  check_data,
+  evaluation_batches,
+  merge_positions,
+  train_iterator,
+)
+from tsparse.data.encoding import Encoder, load_tokenizer, make_encoder
+from tsparse.data.iterator import _evaluation_set
+from tsparse.data.resolve import Source
 from tsparse.data.sources import held_out_splits, read_documents
 from tsparse.data.streams import FileStream
 from tsparse.errors import UserError
@@ -146,7 +156,7 @@ def test_a_position_of_another_run_is_refused(jsonl, tmp_path):
     train(settings(jsonl)).restore(b"nonsense")
 
 
-def test_evaluation_takes_whole_documents_in_a_fixed_order(jsonl):
+def test_evaluation_takes_documents_in_a_fixed_order(jsonl):
   data = settings(jsonl, validation=jsonl.replace("documents", "held_out"))
   with open(jsonl) as source, open(data.validation, "w") as f:
     f.writelines(line.replace("doc", "eval") for line in source)
@@ -156,17 +166,50 @@ def test_evaluation_takes_whole_documents_in_a_fixed_order(jsonl):
   assert every.tokens == sum(int((b["segment_ids"] > 0).sum()) for b in every.batches)
   assert every.padding == pytest.approx(np.mean([b["segment_ids"] == 0 for b in every.batches]))
   some = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=2000)
-  assert some.tokens <= 2000 < some.tokens + 310
-  assert documents_of(some.batches) == documents_of(every.batches)[: some.documents]
+  assert (some.tokens, some.cut) == (2000, 1) and "1 of the documents cut at the 2,000 tokens" in some.note
+  assert documents_of(some.batches) == documents_of(every.batches)[: some.documents - 1]
+  assert every.cut == 0 and every.note == "all of the text: 1,000,000 tokens were asked for"
   assert every.complete and not some.complete
   for limit in (1, 5):  # less than the first document: it is cut
     cut = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=limit)
-    assert (cut.documents, cut.tokens, cut.complete) == (1, limit, False)
+    assert (cut.documents, cut.tokens, cut.complete, cut.cut) == (1, limit, False, 1)
     assert (cut.batches[0]["targets"][0, :limit] == every.batches[0]["targets"][0, :limit]).all()
   assert {b["targets"].shape for b in every.batches} == {(4, 64)}
   data.eos = False
   without = evaluation_batches(data, seq_len=64, batch_size=4, max_tokens=10**6)
   assert without.tokens == every.tokens - 60 and not any((b["targets"] == 1).any() for b in without.batches)
+
+
+def test_a_document_that_does_not_fit_is_cut_to_the_rest(tmp_path, monkeypatch):
+  stories = [f"story {i} " + "s" * (i % 50) for i in range(12)]
+  path = tmp_path / "stories.jsonl"
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*stories, "long " * 200_000]))
+  encoded = []
+  piece = Encoder.piece
+  monkeypatch.setattr(Encoder, "piece", lambda *args: encoded.append(args[2]) or piece(*args))
+  arguments = {"seq_len": 64, "batch_size": 8}
+  found = evaluation_batches(settings("", path), max_tokens=20_000, **arguments)
+  assert (found.tokens, found.cut, found.complete) == (20_000, 1, False) and 1 < found.documents <= 13
+  assert len(encoded) <= 6  # pieces of the long one, of 4096 to 8192 characters each
+  ids, targets = np.stack(found.document_ids), np.stack([batch["targets"] for batch in found.batches])
+  texts = [bytes((targets[ids == i] - 3).clip(0).astype(np.uint8)).decode() for i in range(found.documents)]
+  assert all(text.rstrip("\0") in stories for text in texts[:-1]) and ("long " * 4000).startswith(texts[-1])
+  del encoded[:]
+  others = evaluation_batches(settings("", path), max_tokens=20_000, skip=found.taken, **arguments)
+  assert others.documents + found.documents == 13 and others.complete and not encoded  # not the end of the long one
+  with pytest.raises(NoText):
+    evaluation_batches(settings("", path), max_tokens=9, skip=[13], **arguments)
+
+
+def test_sources_of_a_mixture_are_cut_in_their_shares(tmp_path):
+  for name in "ab":
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} " * 100_000}) + "\n")
+  sources = [(Source(name, weight, documents={"all": read_documents(str(tmp_path / f"{name}.jsonl"))}), "all")
+             for name, weight in (("a", 0.75), ("b", 0.25))]  # fmt: skip
+  found = _evaluation_set(sources, DataSettings(), 64, 8, 80_000)
+  targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in found.batches])
+  assert (found.documents, found.cut, found.tokens, found.taken) == (2, 2, 80_000, (1, 1))
+  assert (targets == ord("a") + 3).sum() == pytest.approx(30_000, abs=8192)
 
 
 @pytest.fixture

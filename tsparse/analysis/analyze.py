@@ -117,8 +117,10 @@ def analyze(
     "vocabulary": data.vocabulary,
     "eos": data.eos,
     "documents": data.documents,
+    "documents_cut": data.cut,
     "tokens": natural.tokens,
     "real_tokens": natural.real_tokens,
+    "note": data.note,
     "trained_tokens": trained_tokens,
     "loss": natural.loss,
     "perplexity": natural.perplexity,
@@ -127,18 +129,19 @@ def analyze(
     "curve": next((curve["points"] for curve in curves if curve["selection"] == "hidden"), []),
     "curves": curves,
     "mask_shared": mask_shared,
-    "sources": [quality_on(text, found, by_source[text].documents) for text, found in others.items()],
+    "sources": [quality_on(text, found, by_source[text]) for text, found in others.items()],
     "confidence": confidence.confidence(natural.documents),
     "per_document": confidence.per_document(natural.documents),
     **accounting.accounting(config, zero_fractions(natural), data.batches[0]["targets"].shape[1]),
   }
 
 
-def quality_on(name: str, found: Evaluation, documents: int) -> dict[str, Any]:
+def quality_on(name: str, found: Evaluation, held_out: EvaluationSet) -> dict[str, Any]:
   """An entry of "sources": loss and zeros on another text, such as what one source of a mixture holds out."""
   quality = {"loss": found.loss, "perplexity": found.perplexity, "zero_fraction": found.zero_fraction}
   tokens = {"tokens": found.tokens, "real_tokens": found.real_tokens}
-  return {"name": name, **quality, **tokens, "documents": documents}
+  documents = {"documents": held_out.documents, "documents_cut": held_out.cut}
+  return {"name": name, **quality, **tokens, **documents, "note": held_out.note}
 
 
 def passes(

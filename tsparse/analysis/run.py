@@ -20,6 +20,7 @@ from tsparse.convert.model import Model, open_model
 from tsparse.data import (
   DataSettings,
   EvaluationSet,
+  NoText,
   check_embedded,
   evaluation_batches,
   evaluation_by_source,
@@ -131,7 +132,7 @@ def run(
     data: a D: all of a file or folder, the validation split of a task or mixture (and of its sources, one by one).
     out: must not exist, or be empty.
     levels: sparsities of the masked-perplexity curves.
-    tokens: as many whole documents as hold so many tokens are evaluated.
+    tokens: so many are evaluated, or all of a shorter text; the document that does not fit the rest of them is cut.
     selections: what the curves' masks keep, keys of masks.SELECTIONS.
     mask_shared: mask shared experts too.
     paper: add Tables 1-3 of Turbo Sparse, its numbers beside these.
@@ -177,6 +178,8 @@ def run(
       for model, (text, _) in zip(stored, texts, strict=True)
     ]
 
+  for line in dict.fromkeys(f"text  {_described(data, text)}: {text.size}" for text, _ in texts):
+    console.print(line, highlight=False, soft_wrap=True)
   with files.new_folder(out) as folder, jax.set_mesh(mesh):
     began = time.monotonic()
     cases = [
@@ -234,11 +237,12 @@ def _described(data: str, text: EvaluationSet) -> str:
 
 
 def _calibration(model: Model, data: DataSettings, text: EvaluationSet, sizes: dict[str, int]) -> EvaluationSet | None:
-  """Documents after the evaluated ones; None where those are all."""
-  if text.complete:
-    return None
+  """Documents after the evaluated ones, of which none may be in part; None where there are no others."""
   own = dataclasses.replace(data, vocabulary=model.vocabulary, embedded=model.config.vocab_size)
-  return evaluation_batches(own, max_tokens=CALIBRATION_TOKENS, skip=text.documents, **sizes)
+  try:
+    return None if text.complete else evaluation_batches(own, max_tokens=CALIBRATION_TOKENS, skip=text.taken, **sizes)
+  except NoText:
+    return None
 
 
 def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:

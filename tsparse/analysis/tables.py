@@ -322,12 +322,14 @@ def notes(analysis: dict) -> list[str]:
   """The sentences that belong under the tables: what was evaluated, and what a comparison of losses cannot tell."""
   models = files.strict(analysis)["models"]
   result = []
-  for data in dict.fromkeys((m["data"], m.get("tokens"), m.get("documents")) for m in models):
-    names = [m["name"] for m in models if (m["data"], m.get("tokens"), m.get("documents")) == data]
+  texts = [(m["data"], m.get("tokens"), m.get("documents"), m.get("note")) for m in models]
+  for data in dict.fromkeys(texts):
+    names = [m["name"] for m, text in zip(models, texts, strict=True) if text == data]
     who = "" if len(names) == len(models) else f" ({', '.join(names)})"
     documents = "" if data[2] is None else f" in {data[2]:,} document{'s' * (data[2] != 1)}"
     tokens = "" if data[1] is None else f", {data[1]:,} tokens{documents}"
-    result.append(f"Evaluated{who} on {data[0]}{tokens}; loss is in nats per token.")
+    note = f" ({data[3]})" if data[3] else ""
+    result.append(f"Evaluated{who} on {data[0]}{tokens}{note}; loss is in nats per token.")
   vocabularies = {m["name"]: m.get("vocabulary") for m in models}
   if len(set(vocabularies.values())) > 1:
     named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())

@@ -8,6 +8,7 @@ from tsparse.data.embedded import check_embedded
 from tsparse.data.encoding import load_tokenizer, same_tokenizer
 from tsparse.data.iterator import (
   EvaluationSet,
+  NoText,
   TrainIterator,
   check_data,
   evaluation_batches,
@@ -23,6 +24,7 @@ from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 __all__ = [
   "DataSettings",
   "EvaluationSet",
+  "NoText",
   "Packer",
   "Piece",
   "TrainIterator",

@@ -19,7 +19,8 @@ from tsparse.data.chat import ENCODING, ChatEncoder
 from tsparse.data.embedded import check_embedded, check_ids
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
-from tsparse.data.packing import KEYS, Packer, Piece, stack_rows
+from tsparse.data.limit import First
+from tsparse.data.packing import KEYS, Packer, stack_rows
 from tsparse.data.resolve import Source
 from tsparse.data.settings import DataSettings, data_settings
 from tsparse.data.spool import Spool, spool
@@ -272,13 +273,16 @@ class EvaluationSet:
     batches: dicts of int32 [B, T] `inputs`, `targets`, `segment_ids`, `positions`, `loss_mask`, all of one shape. They
       are in a temporary file: memory is that of a batch, and of 8 bytes a document.
     document_ids: of each batch int32 [B, T], the document of each target, scored or not, from 0; -1 on padding.
-    documents: how many documents they hold.
+    documents: how many documents they hold, those included that are cut.
     tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
       conversations all, though only some are scored.
     split: of the data they are; "all" for a file or folder that is not split.
     complete: whether they are all of the split; if not, the limit of tokens was reached.
     vocabulary: whose ids they are, as `load_tokenizer` takes it.
     eos: whether documents end with an end-of-text token.
+    cut: how many of the documents are cut at the limit of tokens: at most one of each source.
+    limit: how many tokens were asked for.
+    taken: how many documents of each source were read for them.
   """
 
   batches: Sequence[dict[str, np.ndarray]]
@@ -289,6 +293,23 @@ class EvaluationSet:
   complete: bool
   vocabulary: str
   eos: bool
+  cut: int = 0
+  limit: int = 0
+  taken: Sequence[int] = ()
+
+  @property
+  def note(self) -> str:
+    """Why they are not whole documents, or fewer tokens than 99 % of what was asked for; "" where neither is so."""
+    if self.cut:
+      return f"{self.cut} of the documents cut at the {self.limit:,} tokens asked for"
+    return "" if self.tokens >= 0.99 * self.limit else f"all of the text: {self.limit:,} tokens were asked for"
+
+  @property
+  def size(self) -> str:
+    """How much they are, in words, with the `note`."""
+    plural = "s" * (self.documents != 1)
+    note = f" ({self.note})" if self.note else ""
+    return f"{self.tokens:,} tokens in {self.documents:,} document{plural}{note}"
 
   @property
   def padding(self) -> float:
@@ -296,14 +317,30 @@ class EvaluationSet:
     return 1 - self.tokens / sum(batch["targets"].size for batch in self.batches)
 
 
-def evaluation_batches(data: Any, *, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0) -> EvaluationSet:
-  """The validation documents of `data` in a fixed, mixed order: as many whole ones as `max_tokens` hold.
+class NoText(UserError):
+  """There is no document to evaluate on."""
 
-  If not even the first does, it is cut there. Documents longer than T are cut into pieces of T. Sources of a mixture
-  are drawn by their weights, until there are no more. The same on every host. The first `skip` documents are left out.
+
+def evaluation_batches(
+  data: Any, *, seq_len: int, batch_size: int, max_tokens: int, skip: Sequence[int] = ()
+) -> EvaluationSet:
+  """The first `max_tokens` of the validation documents of `data`, in a fixed, mixed order.
+
+  The document that does not fit the rest of `max_tokens` is cut to it, of a mixture one of each source at most: the end
+  of a cut document is not encoded. Documents longer than T lie in several rows. Sources of a mixture are drawn by their
+  weights, until there are no more. The same on every host.
+
+  Args:
+    data: `config.data`, see `settings.DataSettings`.
+    seq_len: T, tokens per row.
+    batch_size: B, rows of a batch.
+    max_tokens: how many targets; fewer where the data ends before (`EvaluationSet.note`).
+    skip: so many documents of each source are left out first: `EvaluationSet.taken` of the ones evaluated before, so
+      that the end of a document that was cut there is not taken either.
 
   Raises:
-    UserError: as `check_data`, or all are left out.
+    UserError: as `check_data`.
+    NoText: there is no document, or all are left out.
   """
   data = data_settings(data)
   resolve.check_disjoint(data)
@@ -321,39 +358,37 @@ def evaluation_by_source(data: Any, *, seq_len: int, batch_size: int, max_tokens
 
 
 def _evaluation_set(
-  chosen: list[tuple[Source, str]], data: DataSettings, seq_len: int, batch_size: int, max_tokens: int, skip: int = 0
+  chosen: list[tuple[Source, str]],
+  data: DataSettings,
+  seq_len: int,
+  batch_size: int,
+  max_tokens: int,
+  skip: Sequence[int] = (),
 ) -> EvaluationSet:
-  complete, scored = True, False
   data = dataclasses.replace(data, cached="")  # few are read, and always the same ones
-  whole = _whole_documents(_mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1), max_tokens)
-
-  def documents() -> Iterator[Piece]:
-    nonlocal complete, scored
-    for tokens, mask in itertools.islice(whole, skip, None):
-      complete = packer.targets + len(tokens) <= max_tokens
-      if not complete and packer.targets:
-        return
-      scored = scored or bool(mask[:max_tokens].any())
-      yield Piece(tokens[:max_tokens], mask[:max_tokens])
-      if not complete:
-        return
-
-  packer = Packer(documents(), seq_len, load_tokenizer(data.vocabulary).bos, split_documents=False)
+  mixer = _mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1)
+  for stream, number in zip(mixer.streams, skip, strict=False):
+    stream.skip(number)
+  first = First(mixer, max_tokens)
+  packer = Packer(first.documents(lambda: packer.targets), seq_len, load_tokenizer(data.vocabulary).bos,
+                  split_documents=False)  # fmt: skip
   batches = spool(_evaluation_batches(packer, batch_size))
-  tokens = packer.targets
-  split = chosen[0][1]
+  tokens, split = packer.targets, chosen[0][1]
   if not tokens:
-    raise UserError(
+    raise NoText(
       f"The validation data {chosen[0][0].name!r} has no text in split {split!r}; set data.validation to another."
     )
-  if not scored:
+  if not any(batch["loss_mask"].any() for batch in batches):
     raise UserError(
       f"The first {tokens} tokens of the validation data {chosen[0][0].name!r} hold nothing an assistant says, so that "
       "there is nothing to score; evaluate on more tokens, config.analysis.tokens, or set data.validation to another."
     )
   ids = batches.arrays[:, -1]
   batches = Spool(batches.keys[:-1], batches.arrays[:, :-1])
-  return EvaluationSet(batches, ids, packer.documents, tokens, split, complete, data.vocabulary, data.eos)
+  return EvaluationSet(
+    batches, ids, packer.documents, tokens, split, first.complete, data.vocabulary, data.eos, first.cut, max_tokens,
+    first.taken,
+  )  # fmt: skip
 
 
 def _evaluation_batches(packer: Packer, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -364,17 +399,6 @@ def _evaluation_batches(packer: Packer, batch_size: int) -> Iterator[dict[str, n
     ids = np.full(batch["segment_ids"].shape, -1, np.int32)
     ids[: len(some)] = np.stack([ids_of_row for _, ids_of_row in some]) - 1
     yield batch | {"document_ids": ids}
-
-
-def _whole_documents(mixer: Mixer, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """(tokens, mask) of each document; of one that is longer than `limit` tokens, of more than that many."""
-  pieces = [[] for _ in mixer.streams]  # of the documents that are not whole yet
-  for stream, piece in mixer:
-    parts = pieces[stream]
-    parts.append((piece.tokens, np.ones(len(piece.tokens), np.int32) if piece.mask is None else piece.mask))
-    if piece.ends or sum(len(tokens) for tokens, _ in parts) > limit:
-      yield tuple(np.concatenate(each) for each in zip(*parts, strict=True))
-      parts.clear()
 
 
 def _rows(packer: Packer) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:

@@ -39,6 +39,9 @@ class Stream(Protocol):
   def next_piece(self) -> Piece | None:
     """The next tokens of the current document or of the next one; None after the last."""
 
+  def skip(self, documents: int):
+    """Leaves out so many documents, of a stream that gave none yet."""
+
   def state(self) -> Any:
     """The position, as JSON."""
 
@@ -119,6 +122,10 @@ class FileStream:
 
   def _read(self, numbers: np.ndarray) -> list[str | Conversation]:
     return [self._encoder.open(text.decode()) for text in self._documents.read_all(numbers)]
+
+  def skip(self, documents: int):
+    """See `Stream`; none of them is read."""
+    self.taken += documents
 
   def state(self) -> list[int | None]:
     """[documents taken, characters given of the last of them, last token given of it]."""
@@ -204,6 +211,11 @@ class TaskStream:
           tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
         if len(tokens):
           return Piece(tokens.astype(np.int32), None if mask is None else (mask > 0).astype(np.int32))
+
+  def skip(self, documents: int):
+    """See `Stream`."""
+    while self.taken < documents and self.next_piece() is not None:
+      self._rest = None
 
   def state(self) -> list[Any]:
     """[documents taken, [position of tf.data's iterator in base64, what is left of the last document]]."""

@@ -86,7 +86,7 @@ def run(
     learning_rate: of training, its peak; None for 0.08 / sqrt(D), 0.01 at D = 64 and 0.00125 at D = 4096.
     seq_len: tokens of a row; None for the model's own (`Model.row`).
     batch_size: rows of a batch.
-    tokens: as many whole documents as hold so many tokens are measured on.
+    tokens: so many are measured on, or all of a shorter text; the document that does not fit the rest of them is cut.
     seed: of the order of the text and of the initial weights.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
@@ -121,6 +121,7 @@ def run(
     check_data(settings, config.vocab_size)
     held_out = evaluation_batches(settings, max_tokens=tokens, **sizes)
     batches = train_iterator(settings, seed=seed, **sizes)
+  console.print(f"held-out text  {validation or data}: {held_out.size}", highlight=False, soft_wrap=True)
   targets = sorted({*RECALLS, recall})
   total = steps + 2 + len(held_out.batches) * (1 + 2 * len(targets) + bool(model.config.predictor_ranks))
 
@@ -176,6 +177,8 @@ def run(
       "data": data,
       "tokens": held_out.tokens,
       "documents": held_out.documents,
+      "documents_cut": held_out.cut,
+      "note": held_out.note,
       "split": held_out.split,
       "target_recall": recall,
       "budget": budget,

@@ -1,6 +1,7 @@
 """Formats of files: the same documents from each, what is damaged, and properties over generated files."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -146,6 +147,71 @@ def test_so_many_malformed_lines_are_left_out_and_counted(suffix, tmp_path, capl
     (folder / f"{name}.jsonl").write_bytes(lines)
   with pytest.raises(UserError, match="y.jsonl:3 .* 4 malformed lines before it"):
     read_documents(str(folder), skip_bad=4)  # over all files together
+
+
+def packed(path, lines, each):
+  """Writes the lines in members or frames of `each` bytes; of a .parquet, in groups of 3 rows."""
+  if path.suffix == ".parquet":
+    return write(path, [json.loads(line)["text"] for line in lines.split(b"\n") if line])
+  pack = {".gz": functools.partial(gzip.compress, mtime=0), ".zst": zstandard.ZstdCompressor().compress}.get(
+    path.suffix
+  )
+  path.write_bytes(b"".join(pack(lines[i : i + each]) for i in range(0, len(lines), each)) if pack else lines)
+  return path
+
+
+@pytest.mark.parametrize("skip_bad", [0, 5])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("each", [72, 50])  # bytes of a frame: four whole lines, and not
+def test_a_file_that_is_cut_off_anywhere_is_an_error_or_ends_with_a_whole_line(suffix, each, skip_bad, tmp_path):
+  texts = [f"text{i}" for i in range(9)]
+  lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+  whole = packed(tmp_path / f"whole{suffix}", lines, each).read_bytes()
+  # Cuts after which nothing tells that there was more: between two lines that are between frames.
+  ends = {} if suffix == ".parquet" else {
+    packed(tmp_path / f"end{suffix}", lines[:size], each).stat().st_size: size // 18
+    for size in range(0, len(lines), 18) if suffix == ".jsonl" or size % each == 0
+  }  # fmt: skip
+  if suffix == ".jsonl":
+    ends |= {size - 1: count for size, count in ends.items() if size} | {len(lines) - 1: 9}  # the newline is no text
+  for size in range(1, len(whole), 1 if suffix != ".parquet" else 7):
+    path = tmp_path / f"{size}{suffix}"
+    path.write_bytes(whole[:size])
+    try:
+      found = texts_of(read_documents(str(path), skip_bad=skip_bad))
+    except UserError as e:
+      assert path.name in str(e) and "\n" not in str(e) and size not in ends, (size, str(e))
+    else:
+      assert found == texts[: ends.get(size, 0)], size
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n') + b"garbage", "a.jsonl.zst is damaged"),
+    ("a.jsonl.zst", bytes([*zstandard.compress(b"a" * 99)[:5], 98, *zstandard.compress(b"a" * 99)[6:]]), "is damaged"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0) + b"garbage", "a.jsonl.gz is damaged"),
+    ("a.jsonl", b'{"text": "a"}\n\0\0\0', "a.jsonl is cut off: line 2"),
+    ("a.txt", "naïve 日本".encode()[:-1], "a.txt is cut off"),
+    ("a.jsonl.zst", b"", "holds no text"),
+  ],
+)
+def test_damage_is_never_a_malformed_line(name, content, message, tmp_path):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    read_documents(str(tmp_path / name), skip_bad=9)
+
+
+def test_frames_with_no_text_between_those_with_some_are_passed_over(tmp_path):
+  skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # as pzstd and the seekable format write
+  frames = [
+    zstandard.compress(b'{"text": "a"}\n{"te'),
+    skipped,
+    zstandard.compress(b""),
+    zstandard.compress(b'xt": "b"}'),
+  ]
+  (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames) + skipped)
+  assert texts_of(read_documents(str(tmp_path / "a.jsonl.zst"))) == ["a", "b"]
 
 
 @pytest.mark.parametrize("change", [lambda p: p.write_text(p.read_text() + "\n"), lambda p: os.utime(p, (1, 1))])

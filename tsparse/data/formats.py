@@ -6,11 +6,17 @@
   .jsonl.gz, .jsonl.zst, .parquet (the text in a column), any of these in a bucket, and splits of TensorFlow Datasets,
   tfds://NAME:VERSION/SPLIT (the text in a feature): unpacked once, see `sources`
 
+A file that was cut off is an error and none of it is used, however many malformed lines are tolerated: a .gz or .zst
+that ends inside a member or frame, a .parquet without its footer, lines of which the last has no newline and is no
+JSON, a .txt that ends inside a character. What cannot be known: a .jsonl cut between two lines, and a .gz or .zst cut
+between two members or frames that end with a line, are whole files with fewer documents.
+
 pyarrow and zstandard are imported when the first such file is met.
 """
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import zlib
@@ -30,6 +36,7 @@ SUFFIXES = IN_PLACE + PACKED
 LISTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 TFDS = "tfds://"
 ROWS = 256  # of a .parquet file that are decoded at once
+COMPRESSED = 4096  # bytes of a .zst file that are unpacked at once; to 128 MB at most
 
 
 class Item(NamedTuple):
@@ -88,7 +95,7 @@ def read_items(path: str, field: str | Chat) -> Iterator[Item]:
       raise UserError(f"{path} is plain text and conversations are asked for: name files of another format.")
     elif path.endswith(".txt"):
       data = f.read()
-      yield Item(0, len(data), _checked(data, path))
+      yield Item(0, len(data), _whole_text(data, path))
     elif path.endswith(".jsonl"):
       yield from _lines(f, path, field)
     elif path.endswith(".jsonl.gz"):
@@ -115,18 +122,65 @@ def _damage(path: str, *kinds: type[Exception]):
 def _lines(f, path: str, field: str | Chat) -> Iterator[Item]:
   offset = 0
   for number, line in enumerate(f, start=1):
-    yield Item(offset, len(line), _text_of_line(line, f"{path}:{number}", field) if line.strip() else b"")
+    text = _text_of_line(line, f"{path}:{number}", field) if line.strip() else b""
+    if isinstance(text, UserError) and not line.endswith(b"\n") and not _is_json(line):
+      raise UserError(
+        f"{path} is cut off: line {number}, its last, has no newline and is not JSON; fetch or make the file again, or "
+        "remove that line."
+      )
+    yield Item(offset, len(line), text)
     offset += len(line)
 
 
-def _zstandard(f, path: str, field: str | Chat) -> Iterator[Item]:
-  import io
+def _is_json(line: bytes) -> bool:
+  try:
+    json.loads(line)
+  except (ValueError, RecursionError):
+    return False
+  return True
 
+
+def _whole_text(data: bytes, path: str) -> bytes | UserError:
+  try:
+    data.decode()
+  except UnicodeDecodeError as e:
+    if e.reason == "unexpected end of data":
+      raise UserError(f"{path} is cut off: it ends inside a character of UTF-8; fetch or make it again.") from e
+  return _checked(data, path)
+
+
+def _zstandard(f, path: str, field: str | Chat) -> Iterator[Item]:
   import zstandard  # here: few need it
 
-  with _damage(path, zstandard.ZstdError):
-    stream = zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True)
-    yield from _lines(io.BufferedReader(stream), path, field)
+  with _damage(path, zstandard.ZstdError, EOFError):
+    yield from _lines(io.BufferedReader(_Frames(f, zstandard.ZstdDecompressor())), path, field)
+
+
+class _Frames(io.RawIOBase):
+  """The frames of a .zst file, unpacked; zstandard's own reader takes a frame that is cut off for the end of it."""
+
+  def __init__(self, f, decompressor):
+    self._f, self._decompressor = f, decompressor
+    self._frame, self._packed, self._unpacked = None, b"", memoryview(b"")
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    """Reads some bytes; EOFError where the file ends inside a frame, ZstdError where it is damaged."""
+    while not self._unpacked:
+      self._packed = self._packed or self._f.read(COMPRESSED)
+      if not self._packed and self._frame is not None:
+        raise EOFError("it ends inside a frame")
+      if not self._packed:
+        return 0
+      self._frame = self._frame or self._decompressor.decompressobj()
+      self._unpacked = memoryview(self._frame.decompress(self._packed))
+      self._packed = self._frame.unused_data
+      self._frame = None if self._frame.eof else self._frame
+    size = min(len(buffer), len(self._unpacked))
+    buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+    return size
 
 
 def _conversations(f, path: str, chat: Chat) -> Iterator[Item]:
@@ -175,13 +229,14 @@ def _parquet(f, path: str, field: str) -> Iterator[Item]:
 
 
 def _tfds(path: str, field: str) -> Iterator[Item]:
-  load_tensorflow()
+  _, tf = load_tensorflow()
   import tensorflow_datasets as tfds
 
   builder = tfds.builder_from_directory(tfds_folder(path))  # reads what was built; nothing is downloaded
   config = tfds.ReadConfig(try_autocache=False)
-  for number, row in enumerate(tfds.as_numpy(builder.as_dataset(split=path.split("/")[-1], read_config=config))):
-    yield Item(0, len(row[field]), _checked(row[field], f"Document {number} of {path}"))
+  with _damage(path, tf.errors.OpError):  # also where there are fewer documents than its dataset_info.json counts
+    for number, row in enumerate(tfds.as_numpy(builder.as_dataset(split=path.split("/")[-1], read_config=config))):
+      yield Item(0, len(row[field]), _checked(row[field], f"Document {number} of {path}"))
 
 
 def _checked(data: bytes, place: str) -> bytes | UserError:

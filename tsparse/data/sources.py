@@ -28,7 +28,7 @@ from tsparse.data.settings import DataSettings
 from tsparse.errors import UserError
 
 VALIDATION_SHARE = 20  # one document in so many is held out, chosen by its text: copies of a document stay on one side
-VERSION = 1  # of what is kept in the cache
+VERSION = 2  # of what is kept in the cache; 1 took a .zst that was cut off for a whole one
 KEPT_BYTES = 64 * 2**20  # of a file whose index is kept in the cache: it takes about a second to make
 ARRAYS = ("file", "offset", "length", "crc")
 

@@ -49,6 +49,26 @@ def test_loops_multiply_and_starts_count_their_result():
   }
 
 
+@pytest.mark.parametrize(
+  "branches", ["branch_computations={%few, %many}, metadata={}", "true_computation=%many, false_computation=%few"]
+)
+def test_of_the_branches_of_a_conditional_the_one_that_sends_most_counts(branches):
+  hlo = """%few (p: f32[4]) -> f32[4] {
+  %r = f32[4]{0} all-reduce(%p), to_apply=%add
+}
+
+%many (p: f32[4]) -> f32[4] {
+  %q = f32[4]{0} all-reduce(%p), to_apply=%add
+  ROOT %r = f32[4]{0} all-reduce(%q), to_apply=%add
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  ROOT %c = f32[4]{0} conditional(%i, %a, %a), BRANCHES
+}
+"""
+  assert collectives(hlo.replace("BRANCHES", branches)) == {"all-reduce": {"count": 2, "bytes": 32}}
+
+
 def test_a_fusion_that_keeps_a_part_of_an_all_reduce_is_a_reduce_scatter():
   hlo = """%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
   %r = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add

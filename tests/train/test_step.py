@@ -120,7 +120,7 @@ COLLECTIVES = {  # by the version of JAX, whose XLA it is: that of Python 3.11 a
   "0.10": {
     "dense": {"all-gather": 46, "all-reduce": 55, "all-to-all": 2, "collective-permute": 1},
     "ep_allgather": {
-      "all-gather": 65, "all-reduce": 66, "reduce-scatter": 3, "all-to-all": 2, "collective-permute": 1,
+      "all-gather": 65, "all-reduce": 61, "reduce-scatter": 3, "all-to-all": 2, "collective-permute": 1,
     },
   },
   "0.12": {

@@ -6,9 +6,9 @@ import re
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 DEFINITION = (
-  "collectives a device takes part in during one step, loops multiplied by their trip counts, and the bytes of their "
-  "results on that device; of a ragged-all-to-all the whole buffer, the most that may arrive; of a TPU's "
-  "all-reduce-scatter, which is counted as reduce-scatter, those of its operand"
+  "collectives a device takes part in during one step, loops multiplied by their trip counts, of branches the one that "
+  "sends most, and the bytes of their results on that device; of a ragged-all-to-all the whole buffer, the most that "
+  "may arrive; of a TPU's all-reduce-scatter, which is counted as reduce-scatter, those of its operand"
 )
 BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end in their width
 
@@ -16,7 +16,9 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
-CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+CALL = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
+BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=)(.*?)(?:\}|,? metadata|$)")
+NAME = re.compile(r"(?:false_computation=)?%?([\w.-]+)")
 KNOWN_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 ORIGIN = re.compile(r"(channel_id=\d+)(?:.*(metadata=\{[^}]*\}))?")
 COMPARED = re.compile(r"constant\((\d+)\)")
@@ -58,6 +60,9 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
         parts = inside(loop[2])
         trips = trip_count(line, bodies[loop[1]]) if parts else 0
         parts = {key: (trips * times, size) for key, (times, size) in parts.items()}
+      elif branches := BRANCHES.search(line):
+        of_each = [inside(branch) for branch in NAME.findall(branches[1])]
+        parts = max(of_each, key=lambda parts: sum(times * size for times, size in parts.values()))
       else:
         parts = {key: value for called in CALL.findall(line) for key, value in inside(called).items()}
       for key, value in parts.items():

@@ -27,6 +27,12 @@ from tsparse.data import merge_positions
 from tsparse.train import checkpoint
 
 
+def is_finite(metrics: Mapping[str, Any]) -> bool:
+  """Whether the loss of a step, unless no token is scored, and its gradient are finite."""
+  known = math.isfinite(metrics["loss"]) or metrics["scored_tokens"] == 0
+  return known and math.isfinite(metrics["grad_norm"])
+
+
 class NotFinite(Exception):
   """Ends the loop at a step, with the metrics of it."""
 
@@ -67,7 +73,7 @@ def keep(workdir: Path, start: Any, train_step: Callable, mesh: jax.sharding.Mes
     with checkpoint.manager(scratch, keep=1) as checkpoints:
       checkpoint.save(checkpoints, state, position, tokens_seen)
     _, again = train_step(state, batch)
-    repeated = not all(math.isfinite(again[name]) for name in ("loss", "grad_norm"))
+    repeated = not is_finite(again)
     rows = hosts.whole(batch)
     hosts.on_main(lambda: _finish(scratch, folder, rows, {**bad.metrics, "step": bad.step, "repeated": repeated}))
   except Exception as error:  # the run has failed already: that is what must be told

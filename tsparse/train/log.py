@@ -64,12 +64,29 @@ class MetricWriter:
           self._waiting = self._waiting[file.write(self._waiting) :]
 
 
-def final_loss(workdir: Path, step: int, share: float = 0.05) -> float | None:
-  """Mean training loss of the last `share` of the steps up to `step`, those of metrics.jsonl; None if it has none."""
+def unscored(line: Mapping[str, Any]) -> bool:
+  """Whether a line of metrics.jsonl is that of a step without a scored token, which has no loss."""
+  return line.get("scored_tokens") == 0
+
+
+def count_unscored(workdir: Path) -> int:
+  """How many such steps a training has had: each has its line in metrics.jsonl."""
+  return sum(map(unscored, _lines(workdir)))
+
+
+def _lines(workdir: Path) -> list[dict[str, Any]]:
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.is_file() else []
-  known = [json.loads(line) for line in lines if line.endswith("}")]
-  losses = [line["loss"] for line in known if (1 - share) * step <= line["step"] <= step and "loss" in line]
+  return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def final_loss(workdir: Path, step: int, share: float = 0.05) -> float | None:
+  """Mean training loss of the last `share` of the steps up to `step`, those of metrics.jsonl; None if it has none.
+
+  Steps without a scored token are left out.
+  """
+  known = [line for line in _lines(workdir) if "loss" in line and not unscored(line)]
+  losses = [line["loss"] for line in known if (1 - share) * step <= line["step"] <= step]
   return sum(losses) / len(losses) if losses and None not in losses else None
 
 
@@ -80,9 +97,11 @@ TRACED = (
 
 
 def trace(workdir: Path, points: int = 200) -> dict[str, list]:
-  """What a recipe did, from metrics.jsonl: metric -> its values at up to about `points` steps, "step" among them."""
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-  lines = [line for line in lines if "loss" in line]
+  """What a recipe did, from metrics.jsonl: metric -> its values at up to about `points` steps, "step" among them.
+
+  Steps without a scored token are left out.
+  """
+  lines = [line for line in _lines(workdir) if "loss" in line and not unscored(line)]
   lines = lines[:: max(1, len(lines) // points)]
   return {name: [line[name] for line in lines] for name in TRACED if lines and all(name in line for line in lines)}
 

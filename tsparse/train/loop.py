@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from tsparse.recipes.recipe import DENSE, Recipe, recipe_of
 from tsparse.recipes.teacher import Teacher, teacher_of
 from tsparse.train import checkpoint, failure
 from tsparse.train.clock import Clock
-from tsparse.train.log import MetricWriter
+from tsparse.train.log import MetricWriter, count_unscored
 from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
 from tsparse.train.resume import restore_newest
 from tsparse.train.saver import Saver
@@ -330,16 +329,20 @@ def run_steps(
 
   def report(step: int, metrics: dict[str, Any]):
     """Reads the metrics of a dispatched step, preferably not of the newest one, so that the device stays busy."""
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if not failure.is_finite(metrics):
       raise failure.NotFinite(step, metrics)
+    unscored = metrics["scored_tokens"] == 0
     speed, slow = clock.tick(float(metrics["tokens"]))
     zeros = float(metrics["zero_fraction"])
     pace = f"{speed:,.0f} tokens/s" if speed else "compiled"
-    bar.update(step, f"loss {loss:.3f}  {pace}  zeros {zeros:.1%}")
-    if step % settings.log_every == 0 or step == settings.steps:
+    loss = "no token scored" if unscored else f"loss {float(metrics['loss']):.3f}"
+    bar.update(step, f"{loss}  {pace}  zeros {zeros:.1%}")
+    if unscored and "unscored" not in told:
+      told.add("unscored")
+      tell(f"no token of step {step} is scored: the step makes no update and has no loss. Such steps are counted.")
+    if unscored or step % settings.log_every == 0 or step == settings.steps:
       facts = {"tokens_per_second": speed, "data_wait_fraction": clock.waited_fraction()}
-      log(step, {"loss": loss, **metrics, **facts})
+      log(step, {**metrics, **facts})
       for sentence in guards.alarms(metrics, told, dead_after) if dead_after else ():
         tell(f"step {step}: {sentence}")
     if slow:
@@ -390,6 +393,8 @@ def run_steps(
             0 if stop.signal == signal.SIGTERM else 130,
           )
       saver.finish()
+      if number := count_unscored(workdir) if hosts.is_main() else 0:
+        tell(f"{number} of {settings.steps} steps had no scored token and made no update: look at the loss masks.")
   except failure.NotFinite as bad:
     return failure.BadStep(bad.step, bad.metrics)
   finally:

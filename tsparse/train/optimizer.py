@@ -118,3 +118,13 @@ def optimizer_shardings(tx: optax.GradientTransformation, params: Any, shardings
     return jax.tree.map(lambda _: replicated, moment) if isinstance(moment, Factors) else sharding
 
   return trained.map_moments(tx, like, state, shardings, others=lambda _: replicated)
+
+
+def passed(opt_state: Any) -> Any:
+  """The optimizer's state after a step that made no update: the counts of its schedules go on, and they alone.
+
+  So the learning rate of a step is that of its number, however many steps before it have made no update.
+  """
+  schedule = lambda state: isinstance(state, optax.ScaleByScheduleState)  # noqa: E731
+  on = lambda state: state._replace(count=state.count + 1) if schedule(state) else state  # noqa: E731
+  return jax.tree.map(on, opt_state, is_leaf=schedule)

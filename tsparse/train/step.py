@@ -26,6 +26,7 @@ from tsparse.recipes.match import matching_loss, squared_aims
 from tsparse.recipes.recipe import Recipe
 from tsparse.recipes.teacher import Teacher
 from tsparse.sharding import constrain
+from tsparse.train.optimizer import passed
 
 Batch = dict[str, jax.Array]  # inputs, targets, segment_ids, positions, loss_mask: [B, T] int32
 
@@ -292,6 +293,10 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """A function (state, batch) -> (state, metrics). The loss is the mean over all scored tokens of the whole batch.
 
+  Where none is scored there is nothing to learn: the step is counted and the learning rate's schedule goes on, but
+  parameters, moments and the recipe's memory stay bit for bit as they were, and what is a mean over scored tokens is
+  NaN.
+
   Args:
     model: the decoder.
     tx: the optimizer.
@@ -307,20 +312,39 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, own: Any = None):
     batch = {name: constrain(x, "BT") for name, x in batch.items()}
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-    counted = jnp.maximum(jnp.sum(scored(batch)), 1).astype(jnp.float32)
+    counted = jnp.sum(scored(batch)).astype(jnp.float32)
+    learned = counted > 0
+    scale = 1 / jnp.maximum(counted, 1)
     if router_jitter:
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       batch["router_keys"] = jax.random.split(key, (batch["inputs"].shape[0], model.config.num_layers))  # [B, L]
     extra = recipe and Extra(recipe, teacher, state.step, recipe.weights(state.step, state.memory), own)
-    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches, 1 / counted, extra)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    grads, sums = summed_gradients(state.params, batch, model, weights, router_jitter, microbatches, scale, extra)
+
+    def update(grads, params, opt_state, memory):
+      norm = optax.tree_utils.tree_norm(grads)  # here, where the optimizer needs it too
+      updates, opt_state = tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      if recipe:
+        params, memory = recipe.moved(params, sums.counts), recipe.remember(memory, sums.counts, state.step)
+      if recipe and recipe.revive_every:
+        params, opt_state, memory = revived(recipe, tx, seed, state.step + 1, params, opt_state, memory)
+      return norm, params, opt_state, memory
+
+    def skip(grads, params, opt_state, memory):
+      return optax.tree_utils.tree_norm(grads), params, passed(opt_state), memory
+
+    # a branch, in which buffers are written in place: a select of old and new would copy the moments
+    now = state.params, state.opt_state, state.memory
+    norm, params, opt_state, memory = jax.lax.cond(learned, update, skip, grads, *now)
+    shared = jnp.where(learned, counted, jnp.nan)  # no token, no mean
     metrics = {
-      "loss": sums.nll / counted,
-      **{name: weights.get(name, 1.0) * term / counted for name, term in sums.added.items()},
-      "grad_norm": optax.tree_utils.tree_norm(grads),
+      "loss": sums.nll / shared,
+      **{name: weights.get(name, 1.0) * term / shared for name, term in sums.added.items()},
+      "grad_norm": norm,
       "learning_rate": schedule(state.step),
       "tokens": tokens,
+      "scored_tokens": counted,
       "zero_fraction": model_zero_fraction(sums.counts),
       "zero_fraction_per_layer": zero_fraction_per_layer(sums.counts),  # [L]
       "zero_fraction_per_expert": zero_fraction(sums.counts["ffn"]),  # [L, E]
@@ -329,15 +353,10 @@ def make_train_step(
     }
     if model.config.num_experts:
       metrics["expert_load_entropy_per_layer"] = expert_load_entropy(sums.counts["ffn"])  # [L]
-    memory = None
     if recipe:
-      params = recipe.moved(params, sums.counts)
       metrics |= recipe.metrics(state.step, state.memory)
-      memory = recipe.remember(state.memory, sums.counts, state.step)
     if recipe and recipe.dead_after:
       metrics |= guards.metrics(memory["idle"], recipe.dead_after)
-    if recipe and recipe.revive_every:
-      params, opt_state, memory = revived(recipe, tx, seed, state.step + 1, params, opt_state, memory)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, memory=memory), metrics
 
   return train_step

@@ -16,7 +16,7 @@ from tsparse.models.ffn import gated_hidden
 from tsparse.models.loss import BLOCKS
 from tsparse.models.threshold import jump
 from tsparse.models.transformer import REMAT
-from tsparse.recipes import penalties, swap, thresholds
+from tsparse.recipes import guards, penalties, swap, thresholds
 from tsparse.recipes.controller import INTEGRAL, PROPORTIONAL, SMOOTHING, Controller
 from tsparse.recipes.distill import Read, summed_distillation
 from tsparse.recipes.lowrank import low_rank
@@ -255,6 +255,24 @@ def test_low_rank_training_is_that_of_the_two_factors():
   np.testing.assert_allclose(whole, merged(a, b), rtol=1e-4, atol=1e-5)
   change = np.asarray(whole - w).reshape(2, 6, 12)
   assert (np.linalg.matrix_rank(change, tol=1e-4) == 2).all()
+
+
+def test_a_layer_or_an_expert_that_is_dead_as_a_whole_is_revived_at_the_size_of_a_new_one():
+  d, f = 64, 6
+  dead = np.zeros((2, 3, f), int)  # [L, E, F]
+  dead[0], dead[1, 1, :2] = 9, 9  # a whole layer, and two neurons of an expert
+  ffn = {name: jnp.asarray(RNG.normal(size=(2, 3, d, f)) * 3, jnp.float32) for name in ("gate", "up")}
+  params = {"layers": {"ffn": ffn | {"down": jnp.ones((2, 3, f, d))}}}
+  idle = {"ffn": {"neurons": jnp.asarray(dead), "experts": jnp.zeros((2, 3), jnp.int32)}}
+  tx = optax.sgd(0.1)
+  revived = guards.revive(params, tx.init(params), idle, tx, 5, jax.random.key(0))[0]["layers"]["ffn"]
+  for name in ("gate", "up"):
+    new, norms = np.asarray(revived[name]), np.linalg.norm(ffn[name], axis=-2)
+    np.testing.assert_allclose(np.linalg.norm(new[0], axis=-2), 1, rtol=1e-5)
+    assert new[0].std() == pytest.approx(d**-0.5, rel=0.05) and np.abs(new[0].mean()) < 0.1 * d**-0.5
+    np.testing.assert_allclose(np.linalg.norm(new[1, 1, :, :2], axis=0), norms[1, 1, 2:].mean(), rtol=1e-5)
+    np.testing.assert_array_equal(new[1, 1, :, 2:], ffn[name][1, 1, :, 2:])
+  assert not revived["down"][0].any() and revived["down"][1, 0].all()
 
 
 def test_refitting_solves_the_ridge_regression():

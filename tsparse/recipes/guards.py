@@ -1,9 +1,10 @@
 """Neurons that never fire, layers that are all zeros, experts that get no token: noticed while it happens, and mended.
 
 A neuron is dead when it has not fired in `dead_after` steps in which tokens reached its expert. A revived one gets new
-random gate and up weights, as long as those of the living ones of its FFN, a row of zeros in `down`, so that the model
-computes what it did, and fresh moments (as dead features of sparse autoencoders are resampled, Bricken et al. 2023,
-"Towards Monosemanticity", here without weighting by loss).
+random gate and up weights, as long as those of the living ones of its FFN (where none lives, as those of a new model,
+whose entries are of size 1 / sqrt(D)), a row of zeros in `down`, so that the model computes what it did, and fresh
+moments (as dead features of sparse autoencoders are resampled, Bricken et al. 2023, "Towards Monosemanticity", here
+without weighting by loss).
 """
 
 from collections.abc import Mapping
@@ -95,7 +96,9 @@ def revive(
       noise = jax.random.normal(jax.random.fold_in(key, 2 * number + i), ffn[name].shape)
       norms = jnp.linalg.norm(ffn[name], axis=-2, keepdims=True)  # [..., 1, F]
       alive = ~mask[..., None, :]
-      length = jnp.sum(norms, -1, keepdims=True, where=alive) / jnp.maximum(alive.sum(-1, keepdims=True), 1)
+      living = alive.sum(-1, keepdims=True)
+      length = jnp.sum(norms, -1, keepdims=True, where=alive) / jnp.maximum(living, 1)
+      length = jnp.where(living > 0, length, 1)  # of D entries of 1 / sqrt(D)
       new[name] = jnp.where(alive, ffn[name], length * noise / jnp.linalg.norm(noise, axis=-2, keepdims=True))
       marks[name] = ~alive
     new["down"], marks["down"] = jnp.where(mask[..., None], 0, ffn["down"]), mask[..., None]

@@ -24,6 +24,7 @@ FORMAT = flags.DEFINE_string("format", "tsparse", "tsparse (a start for config.i
 ACTIVATION = flags.DEFINE_string("activation", "", "Activation of the result. Default: the source's.")
 UPCYCLE = flags.DEFINE_integer("upcycle", 0, "Copies the FFN of a dense model into so many experts. 0: none.")
 PREDICTORS = flags.DEFINE_string("predictors", None, "Their folder, for powerinfer. Default: MODEL/predictors.")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "A tokenizer's file or folder, or bytes. Default: the model's own.")
 DTYPE = flags.DEFINE_string("dtype", "", "Of the weights: float32, bfloat16, in a GGUF float16. Default: the source's.")
 
 
@@ -43,6 +44,7 @@ def main():
     dtype=DTYPE.value,
     experts=UPCYCLE.value,
     predictors=Path(PREDICTORS.value) if PREDICTORS.value else None,
+    tokenizer=TOKENIZER.value,
     console=Console(),
   )
   config = model.config

@@ -11,6 +11,7 @@ from rich.console import Console
 from tsparse import files, hosts, sharding
 from tsparse.analysis.calibrate import calibrate
 from tsparse.convert.model import open_model
+from tsparse.data import tokenizer_files
 from tsparse.models.config import ffn_layers, model_config
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.progress import ProgressLine
@@ -42,6 +43,7 @@ def calibrated(stage: Stage, mesh: jax.sharding.Mesh, console: Console) -> Path:
 
   def record():
     folder.mkdir(exist_ok=True)
+    tokenizer_files.keep(config.data.vocabulary, folder, stage.folder)
     files.write(folder / "config.json", files.to_json(new.to_dict()))
 
   hosts.on_main(record)

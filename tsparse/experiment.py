@@ -23,6 +23,7 @@ from tsparse.calibrated import calibrated
 from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
 from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, evaluation_batches, evaluation_by_source
+from tsparse.data.tokenizer_files import KEPT, vocabulary_of
 from tsparse.errors import UserError
 from tsparse.models.config import ffn_layers, model_config
 from tsparse.progress import warn
@@ -48,14 +49,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   """
   console = (console or Console()) if hosts.is_main() else Console(quiet=True)
   check_sections(config)
-  stages = stages_of(config, workdir)
+  recorded = stages_of(config, workdir)
+  vocabulary = vocabulary_of(workdir, config.data.vocabulary)
+  stages = [stage.reading(vocabulary) for stage in recorded]
+  config = next(stage.config for stage in stages if stage.name == "main")
   with console.status("reading the data"):
-    for stage in stages:
+    for stage, stated in zip(stages, recorded, strict=True):
       try:
         check(stage.config)
       except UserError as error:
         raise UserError(f"{stage.place}{error}") from None
-      workdirs.check_free(stage.folder, stage.config)
+      workdirs.check_free(stage.folder, stated.config)
     texts = held_out_texts(stages, config)
     lines = [describe(data_settings(config.data)), held_out_line(config.data, texts["main"])]
     for phase in phases_of(stages):
@@ -67,8 +71,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   seconds = {}
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as claims:
-    for stage in stages:
-      hosts.on_main(functools.partial(claims.enter_context, workdirs.claim(stage.folder, stage.config)))
+    like = workdir if (workdir / KEPT).is_dir() else recorded[0].folder
+    for stage in recorded:
+      claim = workdirs.claim(stage.folder, stage.config, None if like == stage.folder else like)
+      hosts.on_main(functools.partial(claims.enter_context, claim))
     for stage in stages:
       began = time.monotonic()
       held_out, by_source = texts[stage.name]

@@ -52,6 +52,14 @@ class Stage:
   title: str
   place: str = ""
 
+  def reading(self, vocabulary: str) -> "Stage":
+    """The stage with another path of its tokenizer."""
+    if vocabulary == self.config.data.vocabulary:
+      return self
+    config = copy.deepcopy(self.config)
+    config.data.vocabulary = vocabulary
+    return dataclasses.replace(self, config=config)
+
 
 def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
   """The stages of an experiment in their order; UserError where its phases make no sense."""

@@ -2,6 +2,7 @@
 
 config.json        the resolved config; `--config=configs/repeat.py:WORKDIR` runs it again elsewhere
 environment.json   versions, git revision, device and command, one entry for each start
+tokenizer/         a copy of the vocabulary's files, unless it is bytes
 checkpoints/  metrics.jsonl  tensorboard/  report/
 base/  phases/NAME/  workdirs of the other stages (tsparse/stages.py)
 """
@@ -24,8 +25,11 @@ from typing import Any
 import ml_collections
 
 from tsparse import files
+from tsparse.data import tokenizer_files
+from tsparse.data.encoding import tokenizer_digest
 from tsparse.errors import UserError
 
+VOCABULARY = "config.data.vocabulary"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "ml-collections", "numpy")
 
 
@@ -75,13 +79,16 @@ def defaults() -> dict[str, Any]:
 def check_free(workdir: Path, config: ml_collections.ConfigDict):
   """Raises UserError when `workdir` holds another config than `config`.
 
-  A field that the workdir's lacks was at its default: there was no such field yet.
+  A field that the workdir's lacks was at its default: there was no such field yet. Another path of the tokenizer that
+  was copied into the workdir is no other config.
   """
   if not (workdir / "config.json").exists():
     return
   new = flatten(_resolved(config))
   old = {name: x for name, x in defaults().items() if name in new} | flatten(read_config(workdir))
   changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+  if VOCABULARY in changed and _is_kept(workdir, old[VOCABULARY], new[VOCABULARY]):
+    changed.remove(VOCABULARY)
   if changed:
     shown = ", ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in changed[:4])
     more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -89,6 +96,15 @@ def check_free(workdir: Path, config: ml_collections.ConfigDict):
       f"workdir {workdir} holds another experiment ({shown}{more}): give another --workdir, or the same config to "
       "resume."
     )
+
+
+def _is_kept(workdir: Path, old: str, new: str) -> bool:
+  """Whether the vocabulary `new` is the one that `workdir` holds a copy of and knows as `old`."""
+  copy = tokenizer_files.kept(old, workdir)
+  try:
+    return copy is not None and tokenizer_digest(new) == tokenizer_digest(copy)
+  except UserError:
+    return False
 
 
 @contextlib.contextmanager
@@ -109,15 +125,18 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+def claim(workdir: Path, config: ml_collections.ConfigDict, like: Path | None = None) -> Iterator[None]:
   """Makes `workdir` the workdir of `config` and, while the context is open, this process its only writer.
 
+  The tokenizer is copied into it first; a workdir `like` it shares its copy.
+
   Raises:
-    UserError: the folder cannot be written, another process works there, or it holds another config.
+    UserError: the folder cannot be written, another process works there, or it holds another config or tokenizer.
   """
   with lock(workdir):
     check_free(workdir, config)
     if not (workdir / "config.json").exists():
+      tokenizer_files.keep(config.data.vocabulary, workdir, like)
       files.write(workdir / "config.json", files.to_json(_resolved(config)))
     record_environment(workdir)
     yield

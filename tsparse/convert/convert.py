@@ -15,6 +15,8 @@ from tsparse.convert.huggingface import copy_tokenizer, write_directory
 from tsparse.convert.leaf import Leaf, cast, counted
 from tsparse.convert.model import Model, open_model
 from tsparse.convert.upcycle import upcycle
+from tsparse.data.embedded import check_embedded
+from tsparse.data.encoding import load_tokenizer
 from tsparse.errors import UserError
 from tsparse.progress import ByteProgressLine, warn
 from tsparse.sparse.predictors import stored as trained
@@ -31,6 +33,7 @@ def convert(
   dtype: str = "",
   experts: int = 0,
   predictors: Path | None = None,
+  tokenizer: str = "",
   console: Console | None = None,
 ) -> Model:
   """Writes the model of `source` to the new folder `out`, slice by slice, and returns it, reopened unless in a GGUF.
@@ -48,10 +51,12 @@ def convert(
     experts: above 0, a dense model is upcycled to so many experts.
     predictors: for powerinfer, a folder of experiments/predictors.py; None for those that the model holds, or for
       `predictors` beside it.
+    tokenizer: the vocabulary to write, as config.data.vocabulary names one; "" for the source's own.
     console: where progress is shown; nowhere by default.
 
   Raises:
-    UserError: the source cannot be read, `out` is in use or too small, or the format is unknown or has no such models.
+    UserError: the source cannot be read, `out` is in use or too small, the format is unknown or has no such models, or
+      the tokenizer is another model's.
     RunFailure: writing failed. Nothing is left behind, in either case.
   """
   if format not in PLANS:
@@ -64,7 +69,7 @@ def convert(
   console = console or Console(quiet=True)
   if predictors and format != "powerinfer":
     raise UserError(f"--predictors={predictors} is for --format=powerinfer: leave it out.")
-  model = open_model(source)
+  model = with_tokenizer(open_model(source), tokenizer, format, console)
   if format == "powerinfer":
     model = with_predictors(model, predictors)
   leaves, tokens_seen = model.leaves()
@@ -78,6 +83,26 @@ def convert(
     shown = {name: counted(tensor, lambda amount: bar.advance(amount=amount)) for name, tensor in tensors.items()}
     write(shown, folder)
   return dataclasses.replace(model, path=out) if format in GGUF else open_model(out)
+
+
+def with_tokenizer(model: Model, given: str, format: str, console: Console) -> Model:
+  """The model with the tokenizer `given` or its own, or with "" where that cannot be read, which is warned of.
+
+  Raises:
+    UserError: the tokenizer given cannot be read or is another model's, or the format cannot be without.
+  """
+  vocabulary = given or model.vocabulary
+  try:
+    tokenizer = load_tokenizer(vocabulary)
+  except UserError as error:
+    if given:
+      raise UserError(f"--tokenizer={given}: {error}") from None
+    if format in GGUF:
+      raise UserError(f"--format={format} needs a tokenizer; name one by --tokenizer. {error}") from None
+    warn(console, f"{model.path} is written without a tokenizer; name one by --tokenizer. {error}")
+    return dataclasses.replace(model, vocabulary="")
+  check_embedded(tokenizer, model.config.vocab_size)
+  return dataclasses.replace(model, vocabulary=vocabulary)
 
 
 def with_predictors(model: Model, given: Path | None) -> Model:
@@ -132,7 +157,7 @@ def _write_huggingface(model: Model, leaves: Leaves, folder: Path):
 
 
 def _copy_tokenizer(model: Model, folder: Path):
-  if model.vocabulary != "bytes":
+  if model.vocabulary not in ("", "bytes"):
     copy_tokenizer(model.vocabulary, folder)
 
 

@@ -1,7 +1,6 @@
 """Hugging Face directories: reading and writing config.json, safetensors shards and the tokenizer's files."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +13,10 @@ from tsparse import files
 from tsparse.convert import rules
 from tsparse.convert.families import HEAD, IGNORED, read_config
 from tsparse.convert.leaf import Leaf
+from tsparse.data import tokenizer_files
+from tsparse.data.encoding import load_tokenizer, same_tokenizer
 from tsparse.errors import UserError
 
-TOKENIZER_FILES = (
-  "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-  "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 SHARD_BYTES = 5 * 10**8  # of a file: safetensors wants all its tensors in memory
 
 # Fields of config.json that say how many tensors there are of a kind.
@@ -207,15 +204,21 @@ def copy_tokenizer(vocabulary: str, target: Path):
     vocabulary: a folder with a tokenizer's files, or one of them.
     target: a folder.
   """
-  source = Path(vocabulary) if Path(vocabulary).is_dir() else Path(vocabulary).parent
-  for name in TOKENIZER_FILES:
-    if (source / name).is_file():
-      shutil.copyfile(source / name, target / name)
-  config = source / "config.json"
-  fields = json.loads(config.read_text()) if config.exists() else {}
-  ends = {key: fields[key] for key in ("bos_token_id", "eos_token_id") if fields.get(key) is not None}
-  if ends and not (target / "generation_config.json").exists():
-    files.write(target / "generation_config.json", files.to_json(ends))
+  tokenizer_files.copy_files(vocabulary, target)
+  ids = tokenizer_files.special_ids(vocabulary)
+  if ids and not (target / "generation_config.json").exists():
+    files.write(target / "generation_config.json", files.to_json(ids))
+  beside = target / "tokenizer.json"  # of the two it would be read
+  if vocabulary.endswith(".model") and beside.exists() and not _same(str(beside), vocabulary):
+    logging.warning("%s is another tokenizer than the tokenizer.json beside it, which is left out", vocabulary)
+    beside.unlink()
+
+
+def _same(other: str, vocabulary: str) -> bool:
+  try:
+    return same_tokenizer(load_tokenizer(other), load_tokenizer(vocabulary))
+  except UserError:  # of the other: this one was read before
+    return False
 
 
 def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, Leaf], modeling: dict[str, str]):

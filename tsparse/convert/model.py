@@ -11,6 +11,7 @@ from tsparse import workdir as workdirs
 from tsparse.convert import stored
 from tsparse.convert.huggingface import Directory
 from tsparse.convert.leaf import Leaf, whole
+from tsparse.data.tokenizer_files import vocabulary_of
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 from tsparse.sharding import path_name
@@ -69,7 +70,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}/config.json is neither of Hugging Face nor of a workdir of tsparse ({error}).") from None
   inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
-  vocabulary = str(inside) if inside.exists() else vocabulary
+  vocabulary = str(inside) if inside.exists() else vocabulary_of(path, vocabulary)
   step = checkpoint.latest_step(path) if step is None else step
   return Model(
     path,

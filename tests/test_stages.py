@@ -163,3 +163,13 @@ def test_a_run_in_phases_on_conversations_resumes_and_reports_each(text, tmp_pat
 def parameters_of(workdir):
   leaves, _ = open_model(workdir).leaves()
   return {path: whole(leaf, leaf.dtype) for path, leaf in leaves.items()}
+
+
+def test_the_main_stage_has_one_name_in_progress_and_tables(tmp_path):
+  config = tiny_relufy.get_config()
+  assert [stage.title for stage in stages_of(config, Path("w"))] == ["base (swiglu)", "recovered (drelu)"]
+  config.activation = "swiglu"
+  assert stages_of(config, Path("w"))[-1].title == "trained (swiglu)"
+  assert stages_of(tiny_drelu.get_config(), Path("w"))[0].title == "trained (drelu)"
+  config.init = str(tmp_path / "absent")  # what `check` will say
+  assert stages_of(config, Path("w"))[-1].title == "trained (swiglu)"

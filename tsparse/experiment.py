@@ -29,7 +29,7 @@ from tsparse.models.config import ffn_layers, model_config
 from tsparse.progress import warn
 from tsparse.recipes.recipe import recipe_of
 from tsparse.recipes.thresholds import restored_with
-from tsparse.stages import Stage, describe_phase, phases_of, stages_of
+from tsparse.stages import Stage, describe_phase, main_name, phases_of, stages_of
 from tsparse.train import checkpoint, resume
 from tsparse.train.log import trace
 from tsparse.train.loop import Source, train
@@ -184,7 +184,7 @@ def analyze_stages(
   main, phases = next(stage for stage in stages if stage.name == "main"), phases_of(stages)
   config, model = main.config, model_config(main.config)
   if main.init is None:
-    cases = [("trained", open_model(main.folder), model.activation, config.analysis.levels)]
+    cases = [(main_name(config), open_model(main.folder), model.activation, config.analysis.levels)]
   else:
     start = open_init(main.init, main.folder)
     before = start.config.activation
@@ -194,8 +194,7 @@ def analyze_stages(
       cases.append((gap.CONTROL, kept, kept.config.activation, config.analysis.levels))
     if before != model.activation:
       cases.append(("swapped", start, model.activation, ()))
-    name = "recovered" if before != model.activation else "trained"
-    cases.append((name, open_model(main.folder), model.activation, config.analysis.levels))
+    cases.append((main_name(config), open_model(main.folder), model.activation, config.analysis.levels))
   if config.sparsity.calibrate:
     kept = open_model(main.folder / "calibrated")
     cases.append(("calibrated", kept, model.activation, config.analysis.levels))
@@ -225,7 +224,7 @@ def analyze_stages(
     console,
   )
   if recipe_of(config).on:
-    trained = next(m for m in analysis["models"] if m["name"] in ("recovered", "trained"))
+    trained = next(m for m in analysis["models"] if m["name"] == main_name(config))
     trained["training"] = trace(main.folder)
   drawn = {phase.name: accounts_at(checkpoint.data_position(phase.folder)) for phase in phases}
   return analysis | {"sources": accounts_at(checkpoint.data_position(main.folder)), "phases": drawn}

@@ -71,12 +71,22 @@ def stages_of(config: ml_collections.ConfigDict, workdir: Path) -> list[Stage]:
     found.append(Stage("base", base, init, None, f"base ({base.activation})", "config.base: "))
   if "control" in config and not config.control.get("workdir", ""):
     found.append(control_of(config, workdir, init))
-  found.append(Stage("main", config, workdir, init, f"{'continued' if init else 'training'} ({config.activation})"))
+  found.append(Stage("main", config, workdir, init, f"{main_name(config)} ({config.activation})"))
   for name in phase_names(config):
     folder, place = workdir / "phases" / name, f"config.phases.{name}"
     phase = phase_config(config, name)
     found.append(Stage(name, phase, folder, found[-1].folder, f"phase {name} ({phase.activation})", f"{place}: "))
   return found
+
+
+def main_name(config: ml_collections.ConfigDict) -> str:
+  """What progress, tables and JSON call the model of the main stage."""
+  start = Path(config.init)
+  if config.init:
+    before = open_model(start).config.activation if (start / "config.json").exists() else ""  # `check` asks for it
+  else:
+    before = config.base.activation if "base" in config else config.activation
+  return "trained" if before in ("", config.activation) else "recovered"
 
 
 def phases_of(stages: Sequence[Stage]) -> list[Stage]:

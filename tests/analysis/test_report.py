@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from tsparse import files
-from tsparse.analysis import charts, plots, report, tables
+from tsparse.analysis import charts, page, plots, report, tables
 from tsparse.analysis.analyze import DEFINITIONS
 
 RUN = {
@@ -172,7 +172,7 @@ def test_terminal_page_and_summary_show_the_same_cells(case, written):
   assert max(map(len, text.splitlines())) <= 80
   assert "…" not in text
   for table in report.tables(CASES[case]):
-    for cell in sum(table.rows, []):
+    for cell in sum(table.shown, []):
       assert cell in text
       assert f">{cell}<" in page
       assert json.dumps(cell, ensure_ascii=False) in summary
@@ -345,6 +345,10 @@ def test_masked_table_compares_with_the_unmasked_model():
     ["50%", "5.60", "+25.0%", "3.99", "+0.0%"],
     ["90%", "8.11", "+81.0%", "4.08", "+2.2%"],
   ]
+  assert masked.shown[0] == ["0%", "4.48", "–", "3.99", "–"]
+  printed = Console(file=io.StringIO(), width=100)
+  report.print_tables([masked], printed)
+  assert printed.file.getvalue().count("–") == 2 and page._table(masked).count(">–</td>") == 2
 
 
 def test_unequal_training_is_said():

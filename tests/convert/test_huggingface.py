@@ -604,7 +604,7 @@ def test_the_real_model_is_made_sparse_exported_and_read_again(recipe, shared_da
   config.analysis.update({"tokens": 6000, "batch_size": 8, "levels": (0.5,)})
   analysis = experiment.run(config, tmp_path / "run", Console(quiet=True))
   base, between, trained = analysis["models"]
-  assert 1.2 < base["loss"] < 1.5 and base["trained_tokens"] == 0
+  assert 1.2 < base["loss"] < 1.5 and base["trained_tokens"] is None
   if recipe == "plain":
     assert between["loss"] > 5 and between["zero_fraction"]["mean"] == pytest.approx(0.75, abs=0.03)
     assert trained["loss"] < between["loss"] - 2

@@ -27,7 +27,7 @@ DEFINITIONS = {
   **observe.DEFINITIONS,
   **data_accounting.DEFINITIONS,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
-  "from elsewhere saw before is not known and not counted",
+  "from elsewhere saw before is not known and not counted, and one that was only trained elsewhere is unknown",
 }
 
 
@@ -40,7 +40,7 @@ def analyze(
   *,
   source: str,
   text: str,
-  trained_tokens: int,
+  trained_tokens: int | None,
   levels: Sequence[float] = (),
   selections: Sequence[str] = ("hidden",),
   mask_shared: bool = False,
@@ -60,7 +60,7 @@ def analyze(
     mesh: the devices, set by `jax.set_mesh`.
     source: where the model is stored.
     text: what the held-out text is.
-    trained_tokens: tokens it was trained on so far.
+    trained_tokens: tokens that tsparse trained it on so far; None where it did not, and nobody knows.
     levels: sparsities in [0, 1) of the curves; none leaves them empty.
     selections: a curve for each, keys of masks.SELECTIONS; "curve" is that of "hidden".
     mask_shared: mask shared experts too.

@@ -106,7 +106,7 @@ def _table(table: Table) -> str:
     return f"<{tag}{scope}{kind}>{html.escape(text)}</{tag}>"
 
   head, body, name = "".join(cell("th", i, c).replace('"row"', '"col"') for i, c in enumerate(table.columns)), "", None
-  for first, *rest in table.rows:  # the rows of a model follow each other: its name is prominent once
+  for first, *rest in table.shown:  # the rows of a model follow each other: its name is prominent once
     cells = "".join(cell("td", i, c) for i, c in enumerate(rest, 1))
     body += f"<tr>{cell('th', 0, first, first == name)}{cells}</tr>\n"
     name = first

@@ -61,7 +61,7 @@ def tables(models: list[dict]) -> list[PaperTable]:
       "paper_2",
       (
         f"{same} The paper validates on WikiText-2 and prints no held-out loss. The training "
-        "loss here is the mean of the last 5% of the steps in the workdir's metrics.jsonl, empty where there is none.",
+        "loss here is the mean of the last 5% of the steps in the workdir's metrics.jsonl, a dash where there is none.",
       ),
     ),
     PaperTable(

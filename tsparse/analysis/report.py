@@ -61,7 +61,7 @@ def print_tables(shown: Iterable[Table], console) -> None:
       justify = "left" if i < table.labels else "right"
       heading, number = Text("\n".join(column.split())), i >= table.labels
       grid.add_column(heading, justify=justify, vertical="bottom", no_wrap=number, overflow="fold")
-    for row in table.rows:
+    for row in table.shown:
       grid.add_row(*map(Text, row))
     console.print(Text(table.title, style="bold"))
     console.print(grid)
@@ -90,7 +90,7 @@ def summarize(analysis: dict, run: dict) -> dict:
       "dead_neurons": dead.get("count"),
       "curve": m.get("curve") or [],
     })  # fmt: skip
-  shown = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in tables(analysis)]
+  shown = [{"title": t.title, "columns": t.columns, "rows": t.shown} for t in tables(analysis)]
   return files.strict(run) | {"models": models, "tables": shown, "notes": notes(analysis)}
 
 

@@ -91,7 +91,7 @@ def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dic
     mesh,
     source=str(case.stored.path),
     text=case.text,
-    trained_tokens=tokens,
+    trained_tokens=tokens or None,  # none by us: the model is from elsewhere
     levels=case.levels,
     selections=case.selections,
     mask_shared=case.mask_shared,

@@ -13,6 +13,9 @@ from tsparse.analysis import gap, paper
 DEAD = 0.02  # share of the neurons; fewer never fire on a short text and are no cause for alarm
 
 
+BLANK = "–"  # of a cell with nothing to say, where people read it; CSV files leave it empty
+
+
 class Table(NamedTuple):
   """A table ready to print: the first `labels` columns are text, the others right-aligned numbers.
 
@@ -28,6 +31,11 @@ class Table(NamedTuple):
   key: str = ""
   terms: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+
+  @property
+  def shown(self) -> list[list[str]]:
+    """The rows as they are printed."""
+    return [[cell or BLANK for cell in row] for row in self.rows]
 
 
 def tables(analysis: dict) -> list[Table]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tsparse import files
 from tsparse.analysis.plots import COLOURS, GRID, INK, STYLE, png
+from tsparse.analysis.tables import BLANK
 from tsparse.data.inventory import Listed, inventory
 from tsparse.data.overlap import Overlap, read_evaluations
 from tsparse.data.settings import DataSettings
@@ -38,7 +39,7 @@ def show_list(data: DataSettings):
   console, rows = Console(), inventory(data)
   table = _table("source", "category", "weight", "", "found at, or how to get it")
   for row in rows:
-    table.add_row(row.name, row.category, f"{row.weight:.2%}", *_found(row))
+    table.add_row(row.name, row.category or BLANK, f"{row.weight:.2%}", *_found(row))
   console.print(table)
   console.print(f"{sum(bool(row.place) for row in rows)} of {len(rows)} sources found")
 
@@ -106,7 +107,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
   found = _table("evaluation set", "items", "too short", "found", "share", "found in", title=title)
   for name, e in result["evaluations"].items():
     where = ", ".join(f"{s['name']} {s['overlap'][name]:,}" for s in sources if s["overlap"][name])
-    found.add_row(name, *(f"{e[key]:,}" for key in ("items", "short", "found")), _number(e["share"], ".2%"), where)
+    found.add_row(
+      name, *(f"{e[key]:,}" for key in ("items", "short", "found")), _number(e["share"], ".2%"), where or BLANK
+    )
   return [text, clean, found]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tsparse import files
+from tsparse.analysis.tables import BLANK
 
 LABELS = {"trained": "trained", "svd": "SVD of gate", "merged": "merged"}
 
@@ -83,7 +84,7 @@ def show(found: dict[str, Any], console) -> None:
       heading, justify = Text("\n".join(column.split())), "right" if i else "left"
       grid.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
     for row in rows:
-      grid.add_row(*map(Text, row))
+      grid.add_row(*(Text(cell or BLANK) for cell in row))
     console.print(Text(title, style="bold"))
     grid.width = console.measure(grid, options=console.options.update(max_width=1000)).maximum
     console.print(grid, crop=False)  # a narrow terminal wraps its lines: no number is cut off

@@ -24,6 +24,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
     "stdlib"  # a file or folder of text, chat:FILE, or the name of a task or mixture (data/mixtures.py)
   )
   config.data.validation = ""  # the same, or "" for the held-out split of `train`
+  config.data.allow_overlap = 0.01  # share of the held-out documents that may be trained on too; more is an error
   config.data.mixture = ""  # "name:weight,name:weight" in place of `train`: shares of the tokens of such names
   config.data.root = ""  # folder or bucket (gs://...) with the sources of a mixture
   config.data.allow_missing = False  # sources of a mixture that are not there are left out, the weights renormalised

@@ -108,6 +108,7 @@ def test_a_moe_from_random_parameters_is_one_model_with_zeros_by_expert(text, tm
 
   # of a mixture: what was drawn, and how good the model is on each source that holds out something
   assert [source["name"] for source in model["sources"]] == [text.name, "stdlib_docs"]
+  assert analysis["leakage"]["main"]["shared"] == 0 < analysis["leakage"]["main"]["held_out"]
   assert [source["target"] for source in analysis["sources"]] == pytest.approx([1 / 6, 1 / 2, 1 / 3])
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   last = [line for line in lines if "loss" in line][-1]

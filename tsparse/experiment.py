@@ -22,7 +22,16 @@ from tsparse.analysis.run import Case, analyze_cases
 from tsparse.calibrated import calibrated
 from tsparse.check import check, check_sections
 from tsparse.convert.model import Model, open_model
-from tsparse.data import EvaluationSet, accounts_at, data_settings, describe, evaluation_batches, evaluation_by_source
+from tsparse.data import (
+  EvaluationSet,
+  Leakage,
+  accounts_at,
+  check_disjoint,
+  data_settings,
+  describe,
+  evaluation_batches,
+  evaluation_by_source,
+)
 from tsparse.data.tokenizer_files import KEPT, vocabulary_of
 from tsparse.errors import UserError
 from tsparse.models.config import ffn_layers, model_config
@@ -61,10 +70,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
         raise UserError(f"{stage.place}{error}") from None
       workdirs.check_free(stage.folder, stated.config)
     texts = held_out_texts(stages, config)
+    leaks = leaks_of(stages)
     lines = [describe(data_settings(config.data)), held_out_line(config.data, texts["main"])]
     for phase in phases_of(stages):
       lines += [describe_phase(phase, config), describe(data_settings(phase.config.data))]
       lines += [held_out_line(phase.config.data, texts[phase.name])]
+    lines += [f"{name}: {leak.sentence}" for name, leak in leaks.items()]
   for line in dict.fromkeys(filter(None, lines)):
     console.print(f"data  {line}", highlight=False, soft_wrap=True)
 
@@ -88,6 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
         calibrated(stage, mesh, console)
     began = time.monotonic()
     analysis = analyze_stages(stages, texts, mesh, console)
+    analysis |= {"leakage": {name: found.facts() for name, found in leaks.items()}}
     seconds["analysis"] = round(time.monotonic() - began, 1)
 
     facts = {"config": config.name, "workdir": str(workdir), "seconds": seconds, **workdirs.environment()}
@@ -162,6 +174,22 @@ def held_out_texts(
       read = data_settings(data, embedded=config.model.vocab_size)
       found[data.to_json()] = evaluation_batches(read, **sizes), evaluation_by_source(read, **sizes)
   return {stage.name: found[stage.config.data.to_json()] for stage in stages}
+
+
+def leaks_of(stages: Sequence[Stage]) -> dict[str, Leakage]:
+  """What of the held-out text is trained on: by the main stage, and by each phase that has other data, of its own text
+  and of the main one's, on which its model is evaluated too.
+
+  Raises:
+    UserError: it is more than `config.data.allow_overlap`.
+  """
+  main = next(stage for stage in stages if stage.name == "main")
+  text, found = data_settings(main.config.data), {"main": check_disjoint(data_settings(main.config.data))}
+  for phase in phases_of(stages):
+    data = data_settings(phase.config.data)
+    if data != text:
+      found |= {phase.name: check_disjoint(data), f"main, in {phase.name}": check_disjoint(text, data)}
+  return {name: leak for name, leak in found.items() if leak}
 
 
 def held_out_line(data: ml_collections.ConfigDict, texts: tuple[EvaluationSet, dict[str, EvaluationSet]]) -> str:

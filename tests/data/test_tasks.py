@@ -186,17 +186,17 @@ def test_a_dataset_of_tfds_is_read_where_there_are_no_files(tmp_path, monkeypatc
 
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   monkeypatch.setenv("TSPARSE_CACHE", str(tmp_path / "cache"))
-  texts = [f"book {i} " + "z" * i for i in range(30)]
+  texts = {s: [f"{s} {i} " + "z" * i for i in range(30)] for s in ("train", "validation")}
   tfds.dataset_builders.store_as_tfds_dataset(
     name="pg19",
     version="0.1.1",
     data_dir=str(tmp_path),
     features=tfds.features.FeaturesDict({"book_text": tfds.features.Text()}),
-    split_datasets={s: tf.data.Dataset.from_tensor_slices({"book_text": texts}) for s in ("train", "validation")},
+    split_datasets={s: tf.data.Dataset.from_tensor_slices({"book_text": texts[s]}) for s in texts},
   )
   data = settings("pile_pg19")
   check_data(data, 259)
   batch = next(train_iterator(data, seq_len=700, batch_size=2, seed=0))
-  assert {d.decode() for d in documents_of([batch])} <= set(texts)
+  assert {d.decode() for d in documents_of([batch])} <= set(texts["train"])
   assert len(list((tmp_path / "cache").glob("*.texts"))) == 2
   assert evaluation_batches(data, seq_len=64, batch_size=2, max_tokens=10**5).documents == 30

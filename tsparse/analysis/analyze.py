@@ -8,7 +8,7 @@ import numpy as np
 
 from tsparse.analysis import accounting, confidence, experts, gap, masks, neurons, observe
 from tsparse.analysis.probe import check_finite
-from tsparse.data import EvaluationSet
+from tsparse.data import EvaluationSet, leakage
 from tsparse.data import accounting as data_accounting
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import Evaluation, evaluate, evaluate_each
@@ -26,6 +26,7 @@ DEFINITIONS = {
   **accounting.DEFINITIONS,
   **observe.DEFINITIONS,
   **data_accounting.DEFINITIONS,
+  **leakage.DEFINITIONS,
   "tokens_seen": "tokens that tsparse trained the model on, the checkpoints it started from included; what a model "
   "from elsewhere saw before is not known and not counted, and one that was only trained elsewhere is unknown",
 }

@@ -338,6 +338,8 @@ def notes(analysis: dict) -> list[str]:
     tokens = "" if data[1] is None else f", {data[1]:,} tokens{documents}"
     note = f" ({data[3]})" if data[3] else ""
     result.append(f"Evaluated{who} on {data[0]}{tokens}{note}; loss is in nats per token.")
+  leaks = (analysis.get("leakage") or {}).items()
+  result += [f"Held-out text{'' if name == 'main' else f' ({name})'}: {found['sentence']}." for name, found in leaks]
   vocabularies = {m["name"]: m.get("vocabulary") for m in models}
   if len(set(vocabularies.values())) > 1:
     named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())

@@ -16,6 +16,7 @@ from tsparse.data.iterator import (
   rows_per_lane,
   train_iterator,
 )
+from tsparse.data.leakage import Leakage, check_disjoint
 from tsparse.data.packing import Packer, Piece
 from tsparse.data.resolve import describe
 from tsparse.data.settings import DataSettings, data_settings
@@ -24,6 +25,7 @@ from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 __all__ = [
   "DataSettings",
   "EvaluationSet",
+  "Leakage",
   "NoText",
   "Packer",
   "Piece",
@@ -32,6 +34,7 @@ __all__ = [
   "accounts_at",
   "bos_id",
   "check_data",
+  "check_disjoint",
   "check_embedded",
   "data_settings",
   "describe",

@@ -19,6 +19,7 @@ from tsparse.data.chat import ENCODING, ChatEncoder
 from tsparse.data.embedded import check_embedded, check_ids
 from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
+from tsparse.data.leakage import check_disjoint
 from tsparse.data.limit import First
 from tsparse.data.packing import KEYS, Packer, stack_rows
 from tsparse.data.resolve import Source
@@ -40,13 +41,17 @@ def check_data(data: Any, model_vocab_size: int):
 
   Raises:
     UserError: unknown or missing D, unreadable or malformed file, weights that make no sense, no validation documents,
-      the same documents on both sides, a vocabulary that cannot be loaded or is larger than the model's.
+      too many documents on both sides (`leakage`), a vocabulary that cannot be loaded or is larger than the model's.
   """
   data = data_settings(data)
   check_embedded(load_tokenizer(data.vocabulary), model_vocab_size)
   if data.skip_bad < 0 or data.lanes < 1:
     raise UserError(
       f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
+    )
+  if not 0 <= data.allow_overlap <= 1:
+    raise UserError(
+      f"config.data.allow_overlap is {data.allow_overlap}; it is a share of the held-out documents, from 0 to 1."
     )
   for source, _ in resolve.validation(data):
     if not source.documents:
@@ -56,7 +61,7 @@ def check_data(data: Any, model_vocab_size: int):
       stream = _task_stream(source, split, data, 0, 0, data.lanes)
       stream.next_piece()
       stream.state()
-  resolve.check_disjoint(data)
+  check_disjoint(data)
 
 
 def rows_per_lane(batch_size: int, lanes: int) -> int:
@@ -181,7 +186,7 @@ def train_iterator(
   data = data_settings(data)
   each = rows_per_lane(batch_size, data.lanes)
   chosen = resolve.training(data)
-  resolve.check_disjoint(data)
+  check_disjoint(data)
   fingerprint = {
     "data.vocabulary": tokenizer_digest(data.vocabulary),
     "data.eos": data.eos,
@@ -343,7 +348,7 @@ def evaluation_batches(
     NoText: there is no document, or all are left out.
   """
   data = data_settings(data)
-  resolve.check_disjoint(data)
+  check_disjoint(data)
   return _evaluation_set(resolve.validation(data), data, seq_len, batch_size, max_tokens, skip)
 
 

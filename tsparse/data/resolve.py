@@ -11,8 +11,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from tsparse.data import stdlib, tasks
 from tsparse.data.chat import PREFIX, Chat, has_markers
 from tsparse.data.encoding import load_tokenizer
@@ -75,13 +73,18 @@ def validation(data: DataSettings) -> list[tuple[Source, str]]:
   Raises:
     UserError: as `training`, or there is none.
   """
+  found = held_out(data)
+  if not found:
+    raise UserError(_nothing_held_out((resolve(data.validation, data) if data.validation else _sources(data))[0]))
+  return found
+
+
+def held_out(data: DataSettings) -> list[tuple[Source, str]]:
+  """`validation`, and [] where there is none."""
   sources = resolve(data.validation, data) if data.validation else _sources(data)
   if data.validation and sources[0].whole:
     return [(sources[0], "all")]
-  found = [(source, "validation") for source in sources if "validation" in source.splits()]
-  if not found:
-    raise UserError(_nothing_held_out(sources[0]))
-  return _renormalized(found)
+  return _renormalized([(source, "validation") for source in sources if "validation" in source.splits()])
 
 
 def _training_split(source: Source, data: DataSettings) -> str:
@@ -104,19 +107,6 @@ def _nothing_held_out(source: Source) -> str:
     f"Cannot hold out validation documents of {source.name}: it has only {len(source.documents['all'])} document(s), "
     "and one in 20 is held out by the crc32 of its text; set data.validation to a file of its own."
   )
-
-
-def check_disjoint(data: DataSettings):
-  """Raises UserError where everything that is held out is trained on too."""
-  if not data.validation or not (data.train or data.mixture):
-    return
-  held_out = [source.documents[split].crc for source, split in validation(data) if source.documents]
-  trained = [source.documents[split].crc for source, split in training(data) if source.documents]
-  if held_out and trained and np.isin(np.concatenate(held_out), np.concatenate(trained)).all():
-    raise UserError(
-      f"Every document of data.validation {data.validation} is in data.train too; name other files, "
-      "or leave data.validation empty to hold out one document in 20."
-    )
 
 
 def describe(data: DataSettings) -> str:

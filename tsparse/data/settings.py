@@ -14,6 +14,7 @@ class DataSettings:
     train: D to train on: a file or folder, or the name of a task or mixture.
     validation: D for the loss on held-out text, or "" for what `train` holds out.
     mixture: "name:weight,name:weight" of D's, in place of `train`.
+    allow_overlap: share of the held-out documents that may be trained on too; more is an error.
     root: folder or bucket that the sources of a mixture lie in, and that other relative paths may be relative to.
     allow_missing: sources of a mixture that are not there are left out and the other weights renormalised.
     text_field: of .jsonl and .parquet files, unless a mixture says another.
@@ -30,6 +31,7 @@ class DataSettings:
   train: str = "stdlib"
   validation: str = ""
   mixture: str = ""
+  allow_overlap: float = 0.01
   root: str = ""
   allow_missing: bool = False
   text_field: str = "text"

@@ -41,11 +41,13 @@ class File:
     path: where; of an unpacked file, its copy in the cache.
     state: size and modification time in ns that it must have.
     field: of each JSON line that holds the text, or how its conversation is read; "" where the bytes are the text.
+    origin: of an unpacked file, the one it was unpacked from.
   """
 
   path: str
   state: tuple[int, int]
   field: str | Chat
+  origin: str = dataclasses.field(default="", repr=False)  # names of cached tasks are made of the others
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,7 +232,7 @@ def _indexed(
       np.savez(out, **index)
   with np.load(kept) as saved:
     index = dict(saved)
-  return File(str(texts), _state(texts.stat()), "") if unpack else in_place, index
+  return File(str(texts), _state(texts.stat()), "", path) if unpack else in_place, index
 
 
 def _refusal(sentence: str, skip_bad: int) -> UserError:

@@ -17,7 +17,7 @@ from tsparse.activations import activation
 from tsparse.analysis.probe import probe
 from tsparse.analysis.run import check_fits
 from tsparse.convert.model import Model, open_model
-from tsparse.data import DataSettings, EvaluationSet, check_data, evaluation_batches, train_iterator
+from tsparse.data import DataSettings, EvaluationSet, check_data, check_disjoint, evaluation_batches, train_iterator
 from tsparse.errors import UserError
 from tsparse.evaluate import perplexity
 from tsparse.evaluate.perplexity import evaluate
@@ -121,7 +121,9 @@ def run(
     check_data(settings, config.vocab_size)
     held_out = evaluation_batches(settings, max_tokens=tokens, **sizes)
     batches = train_iterator(settings, seed=seed, **sizes)
-  console.print(f"held-out text  {validation or data}: {held_out.size}", highlight=False, soft_wrap=True)
+  leak = check_disjoint(settings)
+  for line in filter(None, (f"{validation or data}: {held_out.size}", leak and leak.sentence)):
+    console.print(f"held-out text  {line}", highlight=False, soft_wrap=True)
   targets = sorted({*RECALLS, recall})
   total = steps + 2 + len(held_out.batches) * (1 + 2 * len(targets) + bool(model.config.predictor_ranks))
 
@@ -179,6 +181,7 @@ def run(
       "documents": held_out.documents,
       "documents_cut": held_out.cut,
       "note": held_out.note,
+      "leakage": leak and leak.facts(),
       "split": held_out.split,
       "target_recall": recall,
       "budget": budget,

@@ -114,3 +114,10 @@ def test_the_benchmark_of_data_runs_and_says_which_peers_are_missing(tmp_path):
   assert done.stdout.count("not installed: requirements-bench.txt") == len(missing)
   tokens = [row["tokens"] for row in rows if row["installed"]]
   assert min(tokens) > 0.8 * max(tokens) > 800  # the same text; the peers drop or pad its end
+
+
+def test_the_benchmark_of_checksums_runs(tmp_path):
+  sizes = ["--gigabytes=0.003", "--file_megabytes=2", "--repeats=1"]
+  done, rows = run("checksums.py", *sizes, out=tmp_path / "checksums.json")
+  assert "0.003 GB in 2 files" in done.stdout and all(row["seconds"] > 0 for row in rows)
+  assert [row["what"] for row in rows] == ["read", "take", "compare"] * 2

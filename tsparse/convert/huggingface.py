@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from tsparse import files
+from tsparse import checksums, files
 from tsparse.convert import rules
 from tsparse.convert.families import HEAD, IGNORED, read_config
 from tsparse.convert.leaf import Leaf
@@ -77,8 +77,9 @@ class Directory:
 
     Raises:
       UserError: a tensor has another shape than the config says or a dtype that is not supported, or tied embeddings
-        are not equal. Reading a slice raises when the file is damaged there.
+        are not equal, or a file that we wrote has other bytes. Reading a slice raises when the file is damaged there.
     """
+    verify(self.folder, "convert the model again")
     names = [name for rule in self._rules for _, name in rules.sources(rule, self.config)]
     for name in names:
       if self._stored[name].dtype not in DTYPES:
@@ -183,6 +184,18 @@ def _weight_map(index: Path) -> dict[str, str]:
   return weight_map
 
 
+def verify(folder: Path, mend: str):
+  """Raises UserError, with what would `mend` it, where weights have other bytes than we wrote; others' are taken."""
+  try:
+    checksums.verify(folder)
+  except checksums.Mismatch as error:
+    raise UserError(
+      f"{folder} is damaged ({error}): {mend}, or take {checksums.NAME} away if you changed the file on purpose."
+    ) from None
+  except OSError as error:
+    raise unreadable(folder, error) from None
+
+
 def unreadable(file: Path, error: OSError) -> UserError:
   """The sentence for a file that the system does not give; its bytes may be whole."""
   return UserError(f"{file} cannot be read ({error}): make it readable, then give the same command again.")
@@ -224,6 +237,8 @@ def _same(other: str, vocabulary: str) -> bool:
 def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, Leaf], modeling: dict[str, str]):
   """Writes a Hugging Face directory; config.json comes last, so that half a directory is never taken for a whole.
 
+  The weights get checksums, and nothing else: config.json and the tokenizer may be edited.
+
   Args:
     folder: exists and holds no model.
     fields: of config.json.
@@ -241,14 +256,16 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
     if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
       shards.append({})
     shards[-1][name] = tensor
-  weight_map = {}
+  weight_map, sums = {}, {}
   for i, shard in enumerate(shards):
     file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
     try:
       save_file({name: leaf.read(()) for name, leaf in shard.items()}, folder / file, metadata={"format": "pt"})
     except SafetensorError as error:
       raise OSError(str(error).rpartition(": ")[2]) from error
+    sums[file] = checksums.checksum(folder / file)  # while the system still has it in memory
     weight_map.update(dict.fromkeys(shard, file))
+  checksums.note(folder, sums)
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
     files.write(folder / "model.safetensors.index.json", files.to_json(index))

@@ -46,6 +46,7 @@ def save(workdir: Path, leaves: Mapping[str, Leaf], tokens_seen: int):
   folder = (workdir / "checkpoints").absolute()
   with ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as checkpoints:
     checkpoints.save(0, args=arguments)
+  checkpoint.write_checksums(folder / "0")
 
 
 def read(workdir: Path, step: int, config: ModelConfig) -> tuple[dict[str, Leaf], int]:

@@ -10,10 +10,13 @@ while it is read.
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
+import struct
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +32,12 @@ from tsparse.errors import UserError
 
 VALIDATION_SHARE = 20  # one document in so many is held out, chosen by its text: copies of a document stay on one side
 VERSION = 2  # of what is kept in the cache; 1 took a .zst that was cut off for a whole one
+TEXTS, INDEX = ".texts", ".index.npz"  # of a file, in the cache
 KEPT_BYTES = 64 * 2**20  # of a file whose index is kept in the cache: it takes about a second to make
 ARRAYS = ("file", "offset", "length", "crc")
+# What NumPy and its archive make of an index that is damaged.
+UNREADABLE = (ValueError, KeyError, EOFError, TypeError, IndexError, NotImplementedError, RuntimeError, SyntaxError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Documents:
     """The texts of the documents `indices` in UTF-8; each of their files is opened once.
 
     Raises:
-      UserError: a file is gone or was changed since it was indexed.
+      UserError: a file is gone or was changed since it was indexed, or a text is not the one that was.
     """
     texts = [b""] * len(indices)
     numbers = self.file[indices]
@@ -100,10 +107,32 @@ class Documents:
           for place in np.flatnonzero(numbers == number).tolist():
             f.seek(self.offset[indices[place]])
             data = f.read(self.length[indices[place]])
-            texts[place] = formats.document_of(data, file.field) if file.field else data
+            texts[place] = self._checked(file, indices[place], data)
       except OSError as e:
         raise UserError(f"Cannot read {file.path} any more: {e.strerror}; put it back and start again.") from e
     return texts
+
+  def _checked(self, file: File, index: int, data: bytes) -> bytes:
+    """The text in the bytes of a document, which must be the one that was indexed."""
+    try:
+      text = formats.document_of(data, file.field) if file.field else data
+      if zlib.crc32(text) == self.crc[index]:
+        return text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # JSON no more, or another
+      pass
+    place = f"the text at byte {self.offset[index]} of {file.path} is not the one that was indexed"
+    if not file.origin:
+      raise UserError(
+        f"{place}, and the file has the size and time it had: put the right one back (or touch it, if it is right) and "
+        "start again."
+      )
+    for path in (file.path, file.path.removesuffix(TEXTS) + INDEX):
+      with contextlib.suppress(OSError):
+        os.unlink(path)
+    raise UserError(
+      f"{place}: this copy of {file.origin} in the cache was damaged and is taken away; it is made again when you "
+      "start again."
+    )
 
   def where(self, chosen: np.ndarray) -> "Documents":
     """The documents where `chosen`, bool [n], is true."""
@@ -219,8 +248,9 @@ def _indexed(
     return in_place, _scan(path, field, skip_bad, left)
   digest = hashlib.blake2b(f"{path} {state} {field} {VERSION}".encode(), digest_size=8).hexdigest()
   stem = cache_folder(cache) / f"{os.path.basename(path)}.{digest}"
-  texts, kept = Path(f"{stem}.texts"), Path(f"{stem}.index.npz")
-  if not kept.exists() or (unpack and not texts.exists()):
+  texts, kept = Path(f"{stem}{TEXTS}"), Path(f"{stem}{INDEX}")
+  index = _kept(kept, texts if unpack else None, state)
+  if index is None:
     if unpack:
       with new_file(texts) as out:
         index = _scan(path, field, skip_bad, left, out)
@@ -230,9 +260,29 @@ def _indexed(
       index = _scan(path, field, skip_bad, left)
     with new_file(kept) as out:
       np.savez(out, **index)
-  with np.load(kept) as saved:
-    index = dict(saved)
   return File(str(texts), _state(texts.stat()), "", path) if unpack else in_place, index
+
+
+def _kept(kept: Path, texts: Path | None, state: tuple) -> dict[str, np.ndarray] | None:
+  """The index in the cache; None where it, or the `texts` it is of, is not there or damaged, which is said.
+
+  Whether the texts are those that were unpacked is seen when each is read.
+  """
+  if not kept.exists() or (texts and not texts.exists()):
+    return None
+  try:
+    with np.load(kept) as saved:  # an archive, with a checksum of each array
+      index = {name: saved[name] for name in ("offset", "length", "crc", "skipped", "bad")}
+    size = texts.stat().st_size if texts else state[0]
+    ends = index["offset"] + index["length"]
+    if len(index["crc"]) != len(ends) or (ends > size).any() or (texts and size != ends.max(initial=0)):
+      raise ValueError(f"it is not of a file of {size:,} bytes")
+    return index
+  except OSError as error:
+    raise UserError(f"Cannot read {kept}: {error.strerror or error}; make it readable, or take it away.") from error
+  except UNREADABLE as error:
+    logging.warning("%s is damaged or not of its texts (%s): it is made again", kept, error)
+    return None
 
 
 def _refusal(sentence: str, skip_bad: int) -> UserError:

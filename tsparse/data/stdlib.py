@@ -4,6 +4,7 @@ Extracted once into a cache folder as four `.jsonl` files; one module in 20 is h
 """
 
 import ast
+import contextlib
 import inspect
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from absl import logging
 
+from tsparse import checksums
 from tsparse.data.cache import cache_folder, writing
 from tsparse.data.sources import VALIDATION_SHARE
 
@@ -59,10 +61,17 @@ def extracted() -> Path:
   root = cache_folder()
   folder = root / f"stdlib-{platform.python_implementation()}-{platform.python_version()}-v{VERSION}"
   if folder.is_dir():
-    return folder
+    try:
+      checksums.verify(folder)
+      return folder
+    except checksums.Mismatch as error:
+      logging.warning("%s is damaged (%s): it is made again", folder, error)
+      with writing(root), contextlib.suppress(FileNotFoundError):  # another process is at it too
+        shutil.rmtree(folder)
   with writing(root), tempfile.TemporaryDirectory(dir=root, prefix=".stdlib-", ignore_cleanup_errors=True) as scratch:
     made = Path(scratch) / "made"
     extract(library(), made)
+    checksums.write(made, [path.name for path in made.glob("*.jsonl")])
     _publish(made, folder)
   return folder
 

@@ -1,19 +1,23 @@
 """Checkpoints on disk: Orbax, asynchronous, the last N and every Nth step, with the position in the data inside.
 
 WORKDIR/checkpoints/STEP/{params, optimizer, data}      beside the WORKDIR's config.json (tsparse/workdir.py)
+WORKDIR/checkpoints/STEP/checksums.json                 of the files of those three
 
 `resume.py` finds the newest that is whole, `saver.py` lives with saves that fail.
 """
 
 import base64
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
+from tsparse import checksums, hosts
 from tsparse.errors import UserError
 from tsparse.train import damage
 from tsparse.train.step import TrainState
@@ -28,6 +32,36 @@ logging.getLogger("absl").addFilter(lambda record: not any(text in str(record.ms
 
 # Of parameters. Left to itself Orbax makes them 2 GB, and whoever reads one holds it several times.
 CHUNK_BYTES = 64 * 1024**2
+ITEMS = ("params", "optimizer", "data")
+TIMEOUT = 3600  # seconds of a save, all in the background: the other hosts wait for the first to take the checksums
+
+T = TypeVar("T")
+
+
+class _Manager(ocp.CheckpointManager):
+  """Takes the checksums of a step when all hosts have written it, and before its folder gets its name.
+
+  The first host does, in Orbax's background thread; a step that is there has its checksums.
+  """
+
+  def __init__(self, folder: Path, **options):
+    asynchronous = ocp.AsyncOptions(timeout_secs=TIMEOUT, post_finalization_callback=self._written)
+    self._folder, self._step = folder, None
+    super().__init__(folder, options=ocp.CheckpointManagerOptions(async_options=asynchronous, **options))
+
+  def save(self, step: int, *arguments, **others) -> bool:
+    self.wait_until_finished()  # the step before may still be read
+    self._step = step
+    return super().save(step, *arguments, **others)
+
+  def _written(self):
+    for folder in self._folder.glob(f"{self._step}{ocp.utils.TMP_DIR_SUFFIX}*"):
+      write_checksums(folder)
+
+
+def write_checksums(folder: Path):
+  """Writes the checksums of the items of a step; what Orbax notes beside them nobody needs."""
+  checksums.write(folder, (str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file()))
 
 
 def manager(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
@@ -41,10 +75,8 @@ def manager(workdir: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointMana
   policies = [ocp.checkpoint_managers.LatestN(keep)]
   if keep_every:
     policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
-  options = ocp.CheckpointManagerOptions(
-    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-  )
-  return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+  kept = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+  return _Manager((workdir / "checkpoints").absolute(), preservation_policy=kept, cleanup_tmp_directories=True)
 
 
 def reader(workdir: Path, handlers: Mapping[str, ocp.CheckpointHandler] | None = None) -> ocp.CheckpointManager:
@@ -135,7 +167,24 @@ def restore_items(
   with reader(workdir, handlers) as checkpoints:
     if step not in checkpoints.all_steps():
       raise UserError(f"{workdir} no longer holds the checkpoint of step {step}: it has trained on since.")
-    return damage.read_agreed(workdir, step, lambda: checkpoints.restore(step, args=arguments))
+    return read_whole(workdir, step, arguments.keys(), lambda: checkpoints.restore(step, args=arguments))
+
+
+def read_whole(workdir: Path, step: int, items: Iterable[str], read: Callable[[], T]) -> T:
+  """What `read` makes of the `items` of a step, when their files have the checksums that were written with them.
+
+  Of several hosts each verifies its share of the files. Raises what `damage.read_agreed` does.
+  """
+  folder, items = workdir / "checkpoints" / str(step), tuple(items)
+  share = jax.process_index(), jax.process_count()
+  if not damage.read_agreed(workdir, step, lambda: checksums.verify(folder, items, share)) and hosts.is_main():
+    _tell_unverified(folder)
+  return damage.read_agreed(workdir, step, read)
+
+
+@functools.cache
+def _tell_unverified(folder: Path):
+  absl_logging.warning("%s has no checksums (older versions wrote none): its bytes cannot be verified.", folder)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

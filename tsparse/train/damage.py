@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tsparse import hosts
+from tsparse import checksums, hosts
 from tsparse.errors import RunFailure, UserError
 
 T = TypeVar("T")
@@ -36,7 +36,10 @@ class Torn(UserError):
 
 
 def is_damage(error: BaseException) -> bool:
-  """Whether an error comes of files that are missing or that do not hold what was written."""
+  """Whether an error comes of files that are missing or that do not hold what was written.
+
+  Checksums decide where there are any (`checkpoint.read_whole` compares them first); this is for what gets past them.
+  """
   error = _cause(error)
   if any(text in str(error) for text in OTHER_MODEL):
     return False
@@ -102,7 +105,9 @@ def read_again(read: Callable[[], T]) -> T:
 
 
 def why(error: BaseException) -> str:
-  """The first line of an error of Orbax's, with its type."""
+  """The first line of an error of Orbax's, with its type; what does not match a checksum is said as it is."""
+  if isinstance(error, checksums.Mismatch):
+    return str(error)
   return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 

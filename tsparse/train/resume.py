@@ -5,6 +5,7 @@ WORKDIR/torn/STEP      what is left of those that no longer are
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ def restore_newest(workdir: Path, target: TrainState, warn: Callable[[str], None
 
   def restore(step: int) -> Restored:
     with checkpoint.reader(workdir) as checkpoints:
-      found = damage.read_agreed(workdir, step, lambda: checkpoint.restore(checkpoints, step, target))
+      read = functools.partial(checkpoint.restore, checkpoints, step, target)
+      found = checkpoint.read_whole(workdir, step, checkpoint.ITEMS, read)
     return Restored(step, *found)
 
   recorded = _recorded(workdir)  # before the hosts meet, after which the first may write it

@@ -3,6 +3,7 @@
 predictors.safetensors   fc1 [R, D], fc2 [F, R] and threshold [1] of each layer (and expert), by the names that a
                          TurboSparse checkpoint gives those merged into it: model.layers.3.mlp.predictor.fc1.weight
 predictors.json          which model they are for, their ranks and input, the recall they were made for
+checksums.json           of the first
 
 Read, they are the parameters that models/transformer.py has for merged ones: `merge` puts them into a model.
 """
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from tsparse import files
+from tsparse import checksums, files
 from tsparse.convert import rules
 from tsparse.convert.families import LAYER, PLAIN_EXPERTS, PREDICTORS, within
-from tsparse.convert.huggingface import unreadable
+from tsparse.convert.huggingface import unreadable, verify
 from tsparse.convert.leaf import Leaf, cast
 from tsparse.convert.model import Model, place_leaves
 from tsparse.convert.rules import Rule
@@ -106,6 +107,7 @@ def save(
     save_file({name: tensor.read(()) for name, tensor in tensors.items()}, folder / WEIGHTS)
   except SafetensorError as error:
     raise OSError(str(error).rpartition(": ")[2]) from error
+  checksums.write(folder, [WEIGHTS])
   which = {"sizes": {name: getattr(config, name) for name in SIZES}, "gate": sample(model.leaves()[0])}
   how = {"predictor_ranks": list(config.predictor_ranks), "predictor_input": config.predictor_input}
   files.write(folder / FACTS, files.to_json({"model": which, **how, **facts}))
@@ -153,6 +155,7 @@ def load(folder: Path, model: Model) -> Predictors:
 def _leaves(path: Path, config: ModelConfig) -> dict[str, Leaf]:
   from safetensors import SafetensorError, safe_open
 
+  verify(path.parent, "train the predictors again")
   try:
     with safe_open(path, framework="np") as opened:
       tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -126,7 +126,7 @@ COLLECTIVES = {  # by the version of JAX, whose XLA it is: that of Python 3.11 a
   "0.12": {
     "dense": {"all-gather": 47, "all-reduce": 55, "all-to-all": 1, "collective-permute": 1},
     "ep_allgather": {
-      "all-gather": 66, "all-reduce": 64, "reduce-scatter": 3, "all-to-all": 1, "collective-permute": 1,
+      "all-gather": 66, "all-reduce": 56, "reduce-scatter": 3, "all-to-all": 1, "collective-permute": 1,
     },
   },
 }[".".join(jax.__version__.split(".")[:2])]  # fmt: skip

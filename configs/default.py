@@ -80,7 +80,9 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.sparsity.moves = "penalty"  # or "thresholds": a target moves those of the hidden, with hidden_thresholds
   config.sparsity.target_by = 0.7  # share of the steps at which it is to be reached
   config.sparsity.per_layer = False  # each layer has the target, and a lambda of its own
-  config.sparsity.threshold = 0.0  # of the hidden at the start, with config.model.hidden_thresholds; it is learned
+  # of the hidden at the start, with config.model.hidden_thresholds: above 0 where it is learned, as it then stays (at
+  # least 1e-4); a target that moves thresholds starts them at 1e-4 or here
+  config.sparsity.threshold = 0.0
   config.sparsity.calibrate = 0.0  # share of zeros that thresholds are to give the trained model, in WORKDIR/calibrated
   config.sparsity.dead_after = 0  # steps without firing after which a neuron is dead, which is told; 0 for no watch
   config.sparsity.revive_every = 0  # steps between times at which dead neurons are made anew; 0 never

@@ -13,6 +13,7 @@ from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.moe import ONLY_ON
 from tsparse.models.transformer import remat_policy
+from tsparse.recipes import start, thresholds, trained
 from tsparse.recipes.recipe import DENSE, recipe_of
 from tsparse.train import memory
 from tsparse.train.loop import prepare
@@ -122,7 +123,8 @@ def check_recipe(config: ml_collections.ConfigDict):
   """Raises UserError where the recipe needs a start, or a teacher, that is not there or is another."""
   recipe, train, sparsity = recipe_of(config), config.train, config.sparsity
   starts = config.init or "base" in config
-  before = open_model(Path(config.init)).config.activation if config.init else config.get("base", {}).get("activation")
+  init = open_model(Path(config.init)).config if config.init else None
+  before = init.activation if init else config.get("base", {}).get("activation")
   for name in ("swap_until", "start"):
     if sparsity[name] and not starts:
       raise UserError(
@@ -130,6 +132,14 @@ def check_recipe(config: ml_collections.ConfigDict):
       )
   if sparsity.swap_until and before != DENSE:
     raise UserError(f"config.sparsity.swap_until is {sparsity.swap_until} and config.init is {before}, not {DENSE}.")
+  given = (init and init.hidden_thresholds) or sparsity.threshold or "thresholds" in start.parse(sparsity.start)
+  learned = not recipe.zeros and thresholds.learned(trained.parse(train.rules))
+  if config.model.hidden_thresholds and learned and not given:
+    raise UserError(
+      "config.sparsity.threshold is 0 and the thresholds of the hidden are to be learned: at 0 they have no gradient. "
+      "Start them above it, as by --config.sparsity.threshold=0.02, or give a sparsity.target and let that move them "
+      "(--config.sparsity.moves=thresholds)."
+    )
   if not recipe.teacher:
     return
   if not train.distill_teacher:

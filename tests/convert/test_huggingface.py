@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from configs import stories_relufy
 from tsparse import experiment
-from tsparse.convert.convert import convert
+from tsparse.convert.convert import _cast, convert
 from tsparse.convert.families import export_format, read_config
 from tsparse.convert.huggingface import _tensors, write_directory
 from tsparse.convert.leaf import Leaf
@@ -25,6 +25,7 @@ from tsparse.errors import UserError
 from tsparse.models.config import PRESETS, ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
 from tsparse.sharding import MESH_AXES, make_mesh, shardings
+from tsparse.sparse.layout import arrange
 from tsparse.train.checkpoint import abstract
 
 SIZES = {
@@ -245,6 +246,45 @@ def test_an_exported_model_keeps_its_thresholds_and_what_compares_entries(case, 
   logits = our_logits(tmp_path / "out", tokens)
   np.testing.assert_allclose(their_logits(exported, tokens), logits, atol=1e-4, rtol=0)
   assert np.abs(our_logits(tmp_path / "theirs", tokens) - logits).max() > 0.01
+
+
+@pytest.mark.parametrize("format", ["hf", "tsparse"])
+def test_thresholds_are_float32_in_every_export(format, tmp_path):
+  """In bfloat16 0.0203 is 0.0203857; a model of ours, its export and what transformers makes of that have the same."""
+  import torch
+  import transformers
+
+  save_huggingface(tmp_path / "theirs", *CASES["qwen2_moe"])
+  model = open_model(tmp_path / "theirs")
+  config = dataclasses.replace(model.config, activation="swiglu", hidden_thresholds=True)
+  values = np.array([0.0203, 0.0501, 0.0307, 0.0411][: config.num_layers], np.float32)
+  paths = "layers/ffn/threshold", "layers/ffn/shared/threshold"
+  leaves = model.leaves()[0] | {path: Leaf(values.shape, values.dtype, 0, lambda _: values) for path in paths}
+  (tmp_path / "made").mkdir()
+  fields, mapping, modeling = export_format(config, "float32")
+  write_directory(tmp_path / "made", fields, to_theirs(mapping, config, leaves), modeling)
+
+  convert(tmp_path / "made", tmp_path / "out", format, dtype="bfloat16")
+  again = open_model(tmp_path / "out").leaves()[0]
+  for path in paths:
+    assert again[path].dtype == np.float32
+    np.testing.assert_array_equal(again[path].at(()), values)
+  assert again["layers/ffn/gate"].dtype == "bfloat16"
+  of_predictor = {"layers/ffn/predictor/threshold": again[paths[0]]}  # its logits are compared in float32 too
+  assert _cast(of_predictor, "bfloat16")[[*of_predictor][0]].dtype == np.float32
+  restored = parameters(open_model(tmp_path / "out"))["layers"]["ffn"]
+  np.testing.assert_array_equal([restored["threshold"], restored["shared"]["threshold"]], [values] * 2)
+  decoded = arrange(config, again, "bfloat16")["layers"]
+  for name in ("hidden_threshold", "shared_hidden_threshold"):
+    assert decoded[0]["out"].dtype == "bfloat16" and decoded[0][name].dtype == np.float32
+    np.testing.assert_array_equal(np.concatenate([layer[name] for layer in decoded]), values)
+  if format == "hf":
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto")
+    of_layers = [layer.mlp.threshold for layer in exported.model.layers]
+    assert exported.dtype == torch.bfloat16 and {theta.dtype for theta in of_layers} == {torch.float32}
+    np.testing.assert_array_equal(torch.cat(of_layers).detach().numpy(), values)
+    exported(torch.zeros((1, 3), dtype=torch.long))
 
 
 def test_an_upcycled_model_has_the_logits_of_the_dense_one(source, tmp_path):

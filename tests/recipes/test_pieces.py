@@ -9,6 +9,7 @@ import optax
 import pytest
 import scipy.special
 
+from configs import default
 from tsparse.activations import activation
 from tsparse.errors import UserError
 from tsparse.models.counts import HiddenCounts, penalty_per_layer
@@ -21,6 +22,7 @@ from tsparse.recipes.controller import INTEGRAL, PROPORTIONAL, SMOOTHING, Contro
 from tsparse.recipes.distill import Read, summed_distillation
 from tsparse.recipes.lowrank import low_rank
 from tsparse.recipes.start import RIDGE, energy, refitted, threshold
+from tsparse.train.optimizer import make_optimizer
 
 RNG = np.random.default_rng(0)
 GATE, UP = RNG.normal(size=(2, 40, 30)).astype(np.float32)
@@ -189,6 +191,31 @@ def test_a_threshold_is_the_quantile_of_the_tokens_that_count():
   counted = size[reached]
   assert theta in counted and (counted < theta).mean() <= 0.8 < (counted <= theta).mean()
   assert threshold(size, np.zeros((5, 8), bool), 0.8) == 0
+
+
+def test_a_learned_threshold_stays_where_it_has_a_gradient_and_a_frozen_one_stays():
+  hidden = jnp.asarray(np.abs(GATE) * np.float32(0.01))
+  params = {"layers": {"ffn": {"gate": jnp.ones((2, 3, 4)), "threshold": jnp.array([0.02, 0.0])}}}
+  train = default.get_config().train
+  train.update({"warmup_steps": 0, "learning_rate": 0.05, "steps": 1000})
+  theta = lambda p: p["layers"]["ffn"]["threshold"]  # noqa: E731
+
+  def after(steps, sign, params, tx, state):
+    for _ in range(steps):
+      grads = jax.grad(lambda p: sum(jnp.sum(jump(hidden, each)) for each in theta(p)) * sign)(params)
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params, state
+
+  tx = make_optimizer(train, params)
+  params_down, state = after(8, -1, params, tx, tx.init(params))  # zeros cost: both go down
+  np.testing.assert_allclose(theta(params_down), thresholds.LEAST, rtol=1e-3)
+  up, _ = after(20, 1, params_down, tx, state)
+  assert (theta(up) > 10 * thresholds.LEAST).all()
+  for rules, moved in ((".*threshold=0; .*=1", ""), ("", thresholds.PATHS)):
+    train.rules = rules
+    tx = make_optimizer(train, params, moved)
+    np.testing.assert_array_equal(theta(after(2, -1, params, tx, tx.init(params))[0]), theta(params))
 
 
 def test_thresholds_follow_the_zeros_of_the_model_or_of_each_layer():

@@ -301,6 +301,36 @@ def test_a_recipe_without_its_start_or_with_a_teacher_of_other_tokens_is_refused
       check.check_recipe(refused)
 
 
+@pytest.mark.parametrize(
+  ("sparsity", "train", "of_init", "refused"),
+  [
+    ({}, {}, False, True),
+    ({"start": "norms"}, {}, None, True),
+    ({"threshold": 0.02}, {}, False, False),
+    ({"target": 0.8, "start": "thresholds"}, {}, None, False),
+    ({"target": 0.8, "moves": "thresholds"}, {}, False, False),
+    ({}, {"rules": ".*threshold=0; .*=1"}, False, False),
+    ({}, {}, True, False),  # a phase of a model that has them
+  ],
+)
+def test_thresholds_that_are_learned_do_not_start_at_0(sparsity, train, of_init, refused, monkeypatch):
+  config = small(sparsity=sparsity, train=train, hidden_thresholds=True)
+  begins = dataclasses.replace(model_config(config), activation="swiglu", hidden_thresholds=bool(of_init))
+  monkeypatch.setattr(check, "open_model", lambda path: types.SimpleNamespace(config=begins, vocabulary="bytes"))
+  config.init = "there" if of_init is not False else ""
+  if not refused:
+    return check.check_recipe(config)
+  with pytest.raises(UserError, match="sparsity.threshold is 0.*no gradient.*--config.sparsity.threshold=0.02"):
+    check.check_recipe(config)
+
+
+def test_a_random_model_has_the_thresholds_of_its_config():
+  config = small(sparsity={"threshold": 0.02}, hidden_thresholds=True, **MOE)
+  run = prepare(config, one_device())
+  ffn = initial_state(run, 0, None, threshold=config.sparsity.threshold)[0].params["layers"]["ffn"]
+  np.testing.assert_array_equal([ffn["threshold"], ffn["shared"]["threshold"]], np.full((2, 2), np.float32(0.02)))
+
+
 def test_a_teacher_of_another_shape_shares_nothing():
   config = small(train={"rules": "embed=0; .*=1"})
   shapes = prepare(config, one_device()).target.params

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from tsparse import files
@@ -47,7 +48,7 @@ def convert(
     format: "tsparse" (a workdir, with which `config.init` starts), "hf", "gguf" (for llama.cpp) or "powerinfer".
     activation: the activation of the result; "" keeps the source's.
     dtype: float32, bfloat16 or (of a GGUF's matrices) float16, of the weights written; "" keeps each as it is, float16
-      as float32, but for powerinfer, where it is float16.
+      as float32, but for powerinfer, where it is float16. Thresholds are float32 in any case.
     experts: above 0, a dense model is upcycled to so many experts.
     predictors: for powerinfer, a folder of experiments/predictors.py; None for those that the model holds, or for
       `predictors` beside it.
@@ -111,8 +112,15 @@ def with_predictors(model: Model, given: Path | None) -> Model:
   return model if folder is None else trained.merge(model, trained.load(folder, model))
 
 
+def _is_threshold(name: str) -> bool:
+  """Whether a parameter is a threshold, of the hidden or of a predictor: what is compared with it is in float32."""
+  return name.endswith("/threshold")
+
+
 def _cast(leaves: Leaves, dtype: str) -> Leaves:
-  return {name: cast(leaf, jnp.dtype(dtype)) for name, leaf in leaves.items()} if dtype else leaves
+  """The parameters in `dtype`, if there is one, thresholds always in float32."""
+  dtypes = {name: np.float32 if _is_threshold(name) else dtype or leaf.dtype for name, leaf in leaves.items()}
+  return {name: cast(leaf, jnp.dtype(dtypes[name])) for name, leaf in leaves.items()}
 
 
 def _plan_workdir(model: Model, leaves: Leaves, tokens_seen: int, dtype: str, _: Console) -> Plan:
@@ -147,7 +155,7 @@ def _write_workdir(model: Model, tokens_seen: int, leaves: Leaves, folder: Path)
 
 
 def _write_huggingface(model: Model, leaves: Leaves, folder: Path):
-  dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves.values()))
+  dtype = functools.reduce(jnp.promote_types, (leaf.dtype for name, leaf in leaves.items() if not _is_threshold(name)))
   fields, mapping, modeling = export_format(model.config, dtype.name)
   if model.vocabulary == "bytes":
     fields["tsparse_vocabulary"] = "bytes"

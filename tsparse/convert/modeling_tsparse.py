@@ -166,7 +166,9 @@ def _sparse(model_type, config_class, model_class):
 
   name = "Tsparse" + model_type.removeprefix("tsparse_").replace("_", " ").title().replace(" ", "")
   config = type(f"{name}Config", (config_class,), {"model_type": model_type})
-  return config, type(f"{name}ForCausalLM", (model_class,), {"__init__": __init__, "config_class": config})
+  exact = {*(model_class._keep_in_fp32_modules_strict or ()), "threshold"}  # float32, whatever the weights are
+  fields = {"__init__": __init__, "config_class": config, "_keep_in_fp32_modules_strict": exact}
+  return config, type(f"{name}ForCausalLM", (model_class,), fields)
 
 
 TsparseLlamaConfig, TsparseLlamaForCausalLM = _sparse("tsparse_llama", LlamaConfig, LlamaForCausalLM)

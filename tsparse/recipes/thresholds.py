@@ -4,8 +4,11 @@ In training (`config.sparsity.moves="thresholds"`) all layers' thresholds follow
 
     log theta += RATE (target - zeros)          zeros of the model, or per_layer those of the layer
 
-which is stochastic approximation of a quantile (Robbins and Monro 1951). They have no gradient, and no penalty is
-needed; with `sparsity.start="thresholds"` the asked share is zero from the first step to the last.
+which is stochastic approximation of a quantile (Robbins and Monro 1951), theta at least LEAST. They have no gradient,
+and no penalty is needed; with `sparsity.start="thresholds"` the asked share is zero from the first step to the last.
+
+Otherwise thresholds are learned like other parameters (models/threshold.py), but projected: an update takes none below
+LEAST. At 0 the window in which a threshold has a gradient is empty, and it would stay there.
 
 After training (analysis/calibrate.py) each layer gets the threshold that, with those of the others, makes the asked
 share of zeros at the least loss: levels are raised one layer at a time, always where the next one costs least, as TEAL
@@ -14,16 +17,19 @@ is here the loss with this layer alone at it; the costs of layers are taken to a
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tsparse.models.config import ModelConfig
 from tsparse.models.counts import HiddenCounts, ModelCounts, mean_zero_fraction, model_zero_fraction
 from tsparse.models.ffn_params import ffn_of, with_ffn
+from tsparse.sharding import path_name
 
 
 def without(tree: Any) -> Any:
@@ -67,8 +73,32 @@ def restored_with(
 
 
 PATHS = r"(layers|first)/ffn/(shared/)?threshold"  # of the thresholds among the parameters
-LEAST = 1e-4  # what a threshold of 0 begins with
+LEAST = 1e-4  # of a threshold that is moved or learned
 RATE = 0.1  # a quarter or so of the hidden lies within a factor e of the threshold: an error is halved in 30 steps
+
+
+def floored(tx: optax.GradientTransformation, actions: Any) -> optax.GradientTransformation:
+  """`tx`, whose updates leave no threshold that is learned below LEAST.
+
+  Args:
+    tx: the optimizer of all parameters.
+    actions: tree of the actions of trained.py; what has 0 is not touched.
+  """
+
+  def floor(path: Any, update: jax.Array, theta: jax.Array, action: float) -> jax.Array:
+    learned = action and re.fullmatch(PATHS, path_name(path))
+    return jnp.maximum(theta + update, LEAST) - theta if learned else update
+
+  def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    updates, state = tx.update(gradients, state, params)
+    return jax.tree_util.tree_map_with_path(floor, updates, params, actions), state
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+def learned(rules: Sequence[tuple[str, float | int]]) -> bool:
+  """Whether thresholds are trained by these rules of trained.py."""
+  return next((bool(action) for pattern, action in rules if re.fullmatch(pattern, "layers/ffn/threshold")), False)
 
 
 def followed(params: Any, counts: ModelCounts, target: float, per_layer: bool) -> Any:

@@ -21,7 +21,7 @@ from tsparse.data import account_metrics, data_settings, merge_positions, train_
 from tsparse.data.iterator import TrainIterator
 from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
-from tsparse.models.config import ModelConfig, model_config
+from tsparse.models.config import ModelConfig, ffn_layers, model_config
 from tsparse.models.transformer import Transformer, abstract_parameters, init_parameters
 from tsparse.progress import ProgressLine, warn
 from tsparse.recipes import guards, thresholds
@@ -155,16 +155,23 @@ def compiled_step(run: Run, config: ml_collections.ConfigDict) -> Callable:
 
 
 def initial_state(
-  run: Run, seed: int, init: Restore | None, ready: Callable[[Any, int], Any] = lambda params, _: params
+  run: Run,
+  seed: int,
+  init: Restore | None,
+  ready: Callable[[Any, int], Any] = lambda params, _: params,
+  threshold: float = 0.0,
 ) -> tuple[TrainState, int]:
   """Step 0 and the tokens seen so far: parameters by `init`, or random when None; a fresh optimizer.
 
-  `ready` is what is done to the parameters of an init, (parameters, tokens seen) -> parameters.
+  `ready` is what is done to the parameters of an init, (parameters, tokens seen) -> parameters, and `threshold` what
+  the thresholds of the hidden of a random model are, if it has some.
   """
   tokens_seen = 0
   if init is None:
+    kinds = ffn_layers(run.model.config) if run.model.config.hidden_thresholds else {}
+    theta = {kind: jnp.full((length,), threshold, jnp.float32) for kind, length in kinds.items()}
     make = jax.jit(
-      lambda key: init_parameters(run.model, key),
+      lambda key: thresholds.put(init_parameters(run.model, key), theta),
       out_shardings=jax.tree.map(lambda x: x.sharding, run.target.params),
     )
     params = make(jax.random.key(seed))
@@ -225,7 +232,10 @@ def begin(
     step, state, tokens_seen = found.step, found.state, found.tokens_seen
   else:
     ready = functools.partial(made_ready, run, config, mesh, init)
-    step, (state, tokens_seen) = 0, initial_state(run, config.seed, init and init.restore, ready)
+    step, (state, tokens_seen) = (
+      0,
+      initial_state(run, config.seed, init and init.restore, ready, config.sparsity.threshold),
+    )
   data = train_iterator(
     data_settings(config.data, embedded=config.model.vocab_size),
     seq_len=settings.seq_len,

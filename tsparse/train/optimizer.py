@@ -16,7 +16,7 @@ import ml_collections
 import optax
 import optax.contrib
 
-from tsparse.recipes import trained
+from tsparse.recipes import thresholds, trained
 from tsparse.recipes.lowrank import Factors
 from tsparse.sharding import path_name
 
@@ -47,7 +47,9 @@ def make_optimizer(train: ml_collections.ConfigDict, params: Any, moved: str = "
   """
   rules = trained.parse(train.rules)
   found = trained.actions(((moved, 0.0), *rules) if moved else rules, params)
-  return trained.only_trained(clipped(train.clip_norm), OPTIMIZERS[train.optimizer](train), found)
+  return thresholds.floored(
+    trained.only_trained(clipped(train.clip_norm), OPTIMIZERS[train.optimizer](train), found), found
+  )
 
 
 def clipped(norm: float) -> optax.GradientTransformation:

@@ -64,14 +64,14 @@ def test_too_few_documents_to_hold_out_any(tmp_path):
     check_data(settings(tmp_path / "one.txt"), 259)
 
 
-def test_a_task_registered_by_the_user(jsonl):
+def test_a_task_registered_by_the_user(jsonl, monkeypatch):
   seqio, tf = load_tensorflow()
 
-  def add(name, feature):
+  def add(name, feature, texts=("a b", "c d")):
     seqio.TaskRegistry.add(
       name,
       source=seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({feature: ["a b", "c d"]}),
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices({feature: list(texts)}),
         splits=["train"],
       ),
       preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
@@ -80,10 +80,14 @@ def test_a_task_registered_by_the_user(jsonl):
 
   add("mine", "targets")
   add("pairs", "inputs")
+  add("empty", "targets", ["", ""])
   try:
     check_data(settings("mine", jsonl), 259)
     batch = next(train_iterator(settings("mine", jsonl, lanes=2), seq_len=8, batch_size=2, seed=0))
     assert sorted(seqio.ByteVocabulary().decode(row[:4].tolist()) for row in batch["targets"]) == ["a b", "c d"]
+    monkeypatch.setattr("tsparse.data.streams.EMPTY", 9)
+    with pytest.raises(UserError, match="'empty': its shard 0 of 1 gave no token in 9 documents"):
+      check_data(settings("empty", jsonl, eos=False), 259)
     with pytest.raises(UserError, match="no split 'validation', only train"):
       check_data(settings("mine"), 259)
     with pytest.raises(UserError, match="has the features inputs"):
@@ -91,6 +95,7 @@ def test_a_task_registered_by_the_user(jsonl):
   finally:
     seqio.TaskRegistry.remove("mine")
     seqio.TaskRegistry.remove("pairs")
+    seqio.TaskRegistry.remove("empty")
 
 
 def registered(name, examples, features, make=None, **kwargs):

@@ -26,6 +26,7 @@ from tsparse.errors import UserError
 
 # Cached documents for each lane, below which every lane reads all of them: there may be lanes without a file otherwise.
 WHOLE = 64
+EMPTY = 100_000  # documents without tokens, one after the other, after which a task is taken to hold nothing else
 # Documents of a file that are read and encoded together, or as many as hold so many bytes: every call of a tokenizer
 # costs some, and in short ones threads wait for Python's lock.
 AHEAD, AHEAD_BYTES = 256, 131_072
@@ -192,7 +193,7 @@ class TaskStream:
     # SentencePiece's TensorFlow kernel writes a notice when it first runs, and cannot be told not to.
     with contextlib.nullcontext() if self._started else silent_stderr():
       self._started = True
-      while True:
+      for _ in range(EMPTY):
         example = next(self._tensorflow(), None)
         if example is None:
           if self._endless:
@@ -211,6 +212,7 @@ class TaskStream:
           tokens, mask = tokens[:-1], None if mask is None else mask[:-1]
         if len(tokens):
           return Piece(tokens.astype(np.int32), None if mask is None else (mask > 0).astype(np.int32))
+    raise UserError(f"{self._title} {self._shard} gave no token in {EMPTY:,} documents: give it documents with text.")
 
   def skip(self, documents: int):
     """See `Stream`."""

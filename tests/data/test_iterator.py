@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from tsparse.data import (
 )
 from tsparse.data.encoding import Encoder, load_tokenizer, make_encoder
 from tsparse.data.iterator import _evaluation_set
+from tsparse.data.lanes import Mixer
+from tsparse.data.limit import First
+from tsparse.data.packing import Piece
 from tsparse.data.resolve import Source
 from tsparse.data.sources import held_out_splits, read_documents
 from tsparse.data.streams import FileStream
@@ -210,6 +214,17 @@ def test_sources_of_a_mixture_are_cut_in_their_shares(tmp_path):
   targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in found.batches])
   assert (found.documents, found.cut, found.tokens, found.taken) == (2, 2, 80_000, (1, 1))
   assert (targets == ord("a") + 3).sum() == pytest.approx(30_000, abs=8192)
+
+
+def test_without_bos_the_first_tokens_of_documents_are_not_counted():
+  documents = [np.arange(n) for n in (3, 1, 4, 9)]
+  stream = SimpleNamespace(taken=4, next_piece=lambda: Piece(next(tokens)))
+  for bos, limit, lengths in ((None, 5, [3, 1, 4]), (None, 7, [3, 1, 4, 3]), (0, 7, [3, 1, 3])):
+    given, tokens = [], iter(documents)
+    found = First(Mixer([stream], [1.0], [1], (0,)), limit, bos)
+    for piece in found.documents(lambda given=given, bos=bos: sum(len(p.tokens) - (bos is None) for p in given)):
+      given.append(piece)
+    assert [len(piece.tokens) for piece in given] == lengths and not found.complete
 
 
 @pytest.fixture

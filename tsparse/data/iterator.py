@@ -374,9 +374,9 @@ def _evaluation_set(
   mixer = _mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1)
   for stream, number in zip(mixer.streams, skip, strict=False):
     stream.skip(number)
-  first = First(mixer, max_tokens)
-  packer = Packer(first.documents(lambda: packer.targets), seq_len, load_tokenizer(data.vocabulary).bos,
-                  split_documents=False)  # fmt: skip
+  bos = load_tokenizer(data.vocabulary).bos
+  first = First(mixer, max_tokens, bos)
+  packer = Packer(first.documents(lambda: packer.targets), seq_len, bos, split_documents=False)
   batches = spool(_evaluation_batches(packer, batch_size))
   tokens, split = packer.targets, chosen[0][1]
   if not tokens:

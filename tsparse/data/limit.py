@@ -11,11 +11,13 @@ from tsparse.data.packing import Piece
 class First:
   """The documents of the first `limit` targets that a mixer draws, each whole, but for those that the limit cuts.
 
+  Where `bos` is None, the first token of a document is context and no target.
+
   Attributes, once all were given: `complete`, `cut` and `taken` of the `EvaluationSet`.
   """
 
-  def __init__(self, mixer: Mixer, limit: int):
-    self._mixer, self._limit = mixer, limit
+  def __init__(self, mixer: Mixer, limit: int, bos: int | None):
+    self._mixer, self._limit, self._first = mixer, limit, int(bos is None)
     self.complete, self.cut, self.taken = True, 0, ()
 
   def documents(self, given: Callable[[], int]) -> Iterator[Piece]:
@@ -24,12 +26,13 @@ class First:
     parts: list[list[Piece]] = [[] for _ in streams]  # of the documents that are not whole yet
     unread = None  # the stream whose last document is not among the first
     for stream, piece in self._mixer:
-      left = self._limit - given() - sum(len(part.tokens) for each in parts for part in each)
-      self.complete = len(piece.tokens) <= left
-      if not left and not self.complete:
+      left = self._limit - given() - sum(sum(len(part.tokens) for part in each) - self._first for each in parts if each)
+      room = left if parts[stream] else left + self._first
+      self.complete = len(piece.tokens) <= room
+      if left <= 0 and not self.complete:
         unread = stream if piece.context is None else None
         break
-      parts[stream].append(piece._replace(tokens=piece.tokens[:left], mask=_mask(piece)[:left]))
+      parts[stream].append(piece._replace(tokens=piece.tokens[:room], mask=_mask(piece)[:room]))
       if not self.complete:
         break
       if piece.ends:

@@ -50,6 +50,7 @@ class Packer:
     self._positions = np.arange(seq_len, dtype=np.int32)
     self._pending = np.array([bos], np.int32)  # one token of context, then the tokens still to be predicted
     self._mask = np.zeros([0], np.int32)  # of the latter
+    self._ended = True  # the document of the last piece
     self.documents = self.targets = 0
     self.document_ids = np.zeros([seq_len], np.int32)
 
@@ -93,7 +94,7 @@ class Packer:
       self._pending[0] = self._bos if piece.context is None else piece.context
       self._pending[1:] = piece.tokens
       self._mask = np.ones(len(piece.tokens), np.int32) if piece.mask is None else np.asarray(piece.mask, np.int32)
-      self.documents += piece.context is None
+      self.documents, self._ended = self.documents + self._ended, piece.ends
       self.targets += len(self._mask)
     return True
 

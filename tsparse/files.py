@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,14 @@ def write(path: Path, content: str | bytes):
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   temporary.write_bytes(content.encode() if isinstance(content, str) else content)
   temporary.replace(path)
+
+
+def by_umask(path: Path):
+  """Gives a file that a library made for its user alone (as safetensors does) the permissions of any new file."""
+  probe = path.with_name(f".{path.name}.{os.getpid()}")
+  probe.touch()
+  path.chmod(stat.S_IMODE(probe.stat().st_mode))
+  probe.unlink()
 
 
 def strict(value: Any) -> Any:

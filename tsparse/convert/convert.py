@@ -15,6 +15,7 @@ from tsparse.convert.families import export_format
 from tsparse.convert.huggingface import copy_tokenizer, write_directory
 from tsparse.convert.leaf import Leaf, cast, counted
 from tsparse.convert.model import Model, open_model
+from tsparse.convert.tokenizer_json import complete_for_transformers
 from tsparse.convert.upcycle import upcycle
 from tsparse.data.embedded import check_embedded
 from tsparse.data.encoding import load_tokenizer
@@ -161,6 +162,8 @@ def _write_huggingface(model: Model, leaves: Leaves, folder: Path):
     fields["tsparse_vocabulary"] = "bytes"
   fields["tsparse_eos"] = model.eos
   _copy_tokenizer(model, folder)
+  if model.vocabulary not in ("", "bytes"):
+    complete_for_transformers(folder)
   write_directory(folder, fields, rules.to_theirs(mapping, model.config, leaves), modeling)
 
 

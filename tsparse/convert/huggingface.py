@@ -264,6 +264,7 @@ def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, 
     except SafetensorError as error:
       raise OSError(str(error).rpartition(": ")[2]) from error
     sums[file] = checksums.checksum(folder / file)  # while the system still has it in memory
+    files.by_umask(folder / file)
     weight_map.update(dict.fromkeys(shard, file))
   checksums.note(folder, sums)
   if len(shards) > 1:

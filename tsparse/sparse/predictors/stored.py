@@ -108,6 +108,7 @@ def save(
   except SafetensorError as error:
     raise OSError(str(error).rpartition(": ")[2]) from error
   checksums.write(folder, [WEIGHTS])
+  files.by_umask(folder / WEIGHTS)
   which = {"sizes": {name: getattr(config, name) for name in SIZES}, "gate": sample(model.leaves()[0])}
   how = {"predictor_ranks": list(config.predictor_ranks), "predictor_input": config.predictor_input}
   files.write(folder / FACTS, files.to_json({"model": which, **how, **facts}))

@@ -37,6 +37,7 @@ JSON = flags.DEFINE_boolean("json", False, "Print a JSON object in the end and n
 
 def main():
   """Generates what the flags say."""
+  from tsparse.progress import Compiling
   from tsparse.sparse.generate import Request, complete, load, summary  # JAX only after the flags
   from tsparse.sparse.sample import Sampling
 
@@ -47,13 +48,15 @@ def main():
   predictors = Path(PREDICTORS.value) if PREDICTORS.value else None
   decoder = load(Path(MODEL.value), SPARSE.value, DTYPE.value, predictors)
   streamed = len(PROMPT.value) == 1 and not JSON.value
-  done = complete(decoder, PROMPT.value, request, lambda _, text: streamed and print(text, end="", flush=True))
+  with Compiling() as compiling:
+    show = compiling.after(lambda _, text: streamed and print(text, end="", flush=True))
+    done = complete(decoder, PROMPT.value, request, show)
   if JSON.value:
-    fields = {"sparse": decoder.mode, "kernels": decoder.kernels, "completions": list(map(dataclasses.asdict, done))}
-    print(files.to_json(fields), end="")
+    fields = {"sparse": decoder.mode, "kernels": decoder.kernels, "compile_seconds": round(compiling.seconds, 2)}
+    print(files.to_line(fields | {"completions": list(map(dataclasses.asdict, done))}))
     return
   print("" if streamed else "\n".join(f"--- {one.prompt}\n{one.text}" for one in done))
-  print(f"[{summary(decoder, done)}]", file=sys.stderr)
+  print(f"[{summary(decoder, done)}, compiled in {compiling.seconds:.1f} s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def check_new(out: Path):
     raise UserError(f"--out={out} is the current folder: give one that does not exist yet.")
 
 
+def to_line(value: Any) -> str:
+  """`strict(value)` on one line."""
+  return json.dumps(strict(value), allow_nan=False, ensure_ascii=False)
+
+
 @contextmanager
 def new_folder(out: Path, needed: int = 0) -> Iterator[Path]:
   """A scratch folder beside `out` that becomes `out` when all went well, and is removed otherwise.

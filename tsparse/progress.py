@@ -1,7 +1,10 @@
 """Progress of long work."""
 
+import functools
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -76,3 +79,53 @@ class ByteProgressLine(ProgressLine):
 def warn(console: Console, sentence: str):
   """Shows a warning, on one line and as it is."""
   console.print(f"warning: {sentence}", highlight=False, soft_wrap=True, markup=False)
+
+
+class Compiling:
+  """Says on a terminal that programs are compiled, until text begins to come, and counts how long that takes.
+
+  Attributes:
+    seconds: that XLA compiled so far, while this was open.
+  """
+
+  def __init__(self, console: Console | None = None):
+    """`console` is that of stderr by default."""
+    self.seconds = 0.0
+    self._status = (console or Console(stderr=True)).status("compiling")
+    self._held: list[Callable[[], None]] | None = []  # None once text comes
+
+  def __enter__(self) -> "Compiling":
+    import jax  # here: progress of what needs no JAX is shown without it
+
+    jax.monitoring.register_event_duration_secs_listener(self._count)
+    self._status.start()
+    return self
+
+  def __exit__(self, *_):
+    import jax
+
+    jax.monitoring.unregister_event_duration_listener(self._count)
+    self._release()
+
+  def after(self, show: Callable[..., None]) -> Callable[..., None]:
+    """`show`, whose first call is held back until the second: before it the step of a single token is compiled."""
+
+    def held(*arguments: Any):
+      if self._held is None:
+        show(*arguments)
+        return
+      self._held.append(functools.partial(show, *arguments))
+      if len(self._held) > 1:
+        self._release()
+
+    return held
+
+  def _release(self):
+    self._status.stop()
+    for call in self._held or ():
+      call()
+    self._held = None
+
+  def _count(self, event: str, seconds: float, **_: Any):
+    if event == "/jax/core/compile/backend_compile_duration":
+      self.seconds += seconds

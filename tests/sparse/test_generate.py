@@ -1,7 +1,9 @@
 """Generation as a user meets it: tokens against transformers, text that streams, the command."""
 
 import dataclasses
+import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from tsparse.data import load_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
+from tsparse.progress import Compiling
 from tsparse.sparse.break_even import choose_mode
 from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, complete, load, sparse_mode, stream, summary
 from tsparse.sparse.kernels.table import best_kernels
@@ -198,12 +201,32 @@ def test_auto_skips_in_the_layers_that_have_zeros_enough(tiny, monkeypatch):
   assert {one.text for rows in done for one in rows} == {done[0][0].text}
 
 
+def test_a_terminal_says_that_it_compiles_until_text_comes():
+  screen, said = Console(file=io.StringIO(), force_terminal=True), []
+  with Compiling(screen) as compiling:
+    jax.jit(lambda x: x + 1).lower(1.0).compile()
+    show = compiling.after(said.append)
+    show("a")
+    assert not said and "compiling" in screen.file.getvalue() and compiling.seconds > 0
+    show("b")
+    show("c")
+    assert said == ["a", "b", "c"]
+  took = compiling.seconds
+  with Compiling(screen) as other:
+    other.after(said.append)("alone")
+    assert said[-1] == "c"
+  jax.jit(lambda x: x + 2).lower(1.0).compile()
+  assert said[-1] == "alone" and compiling.seconds == took
+
+
 def test_the_command_streams_or_prints_json(shared_data):
   model = f"--model={shared_data / 'stories260k'}"
   done = run(model, "--prompt=Once upon a time", "--max_new_tokens=8", script="generate.py")
   assert done.stdout == ", there was a little girl\n" and "8 tokens" in done.stderr, done.stderr
+  assert re.search(r"compiled in [1-9]\d*\.\d s\]|compiled in 0\.[1-9] s\]", done.stderr)
   done = run(model, "--prompt=Once", "--prompt=The", "--max_new_tokens=4", "--json", script="generate.py")
   fields = json.loads(done.stdout)
+  assert len(done.stdout.splitlines()) == 1 and fields["compile_seconds"] > 0
   assert [len(one["tokens"]) for one in fields["completions"]] == [4, 4] and fields["sparse"] == "off"
   for arguments, sentence in (
     ([model], "--model and --prompt are needed"),

@@ -34,6 +34,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.data.cached = ""  # folder that seqio_cache_tasks wrote: its tokens are trained on (docs/data.md), or ""
   config.data.lanes = 8  # independent readers of a batch, which they divide: no more hosts than lanes read their own
   config.data.vocabulary = "bytes"  # or a SentencePiece .model, a tokenizer.json, or a folder with one
+  config.data.bos = "auto"  # on or off: documents begin with its BOS; auto: as the model started from, or the tokenizer
   config.data.eos = True  # documents end with its end-of-text token, to be predicted like the others
 
   config.train = ConfigDict()

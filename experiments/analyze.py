@@ -45,6 +45,12 @@ BATCH_SIZE = flags.DEFINE_integer(
 SEQ_LEN = flags.DEFINE_integer(
   "seq_len", None, "Tokens of a row. Default: as trained here, else 512 or what the models are made for.", lower_bound=1
 )
+BOS = flags.DEFINE_enum(
+  "bos",
+  "auto",
+  ["auto", "on", "off"],
+  "Documents begin with BOS; auto: as each model was trained, or its tokenizer does.",
+)
 EOS = flags.DEFINE_boolean(
   "eos", None, "Documents end with an end-of-text token, which is scored. Default: if all models were trained with one."
 )
@@ -70,6 +76,7 @@ def main():
     batch_size=BATCH_SIZE.value,
     seq_len=SEQ_LEN.value,
     eos=EOS.value,
+    bos=BOS.value,
     root=ROOT.value,
     text_field=TEXT_FIELD.value,
     also=ALSO.value,

@@ -30,7 +30,9 @@ DATA = flags.DEFINE_string("data", None, "Folder with copies of data sets of the
 LIMIT = flags.DEFINE_integer("limit", None, "The first so many questions of each task. Default: all.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", 1)
 MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of the context. Default: what the model is made for.")
-BOS = flags.DEFINE_boolean("bos", None, "Contexts begin with BOS. Default: where transformers puts one.")
+BOS = flags.DEFINE_enum(
+  "bos", "auto", ["auto", "on", "off"], "Texts begin with BOS; auto: as the model was trained, or its tokenizer does."
+)
 SAMPLES = flags.DEFINE_boolean("samples", False, "Write each question and answer too.")
 
 

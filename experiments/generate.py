@@ -30,6 +30,9 @@ MIN_P = flags.DEFINE_float("min_p", 0.0, "Sample from tokens at least this times
 SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 CHAT = flags.DEFINE_boolean("chat", False, "The prompt is a turn of a user, in ChatML.")
 SYSTEM = flags.DEFINE_string("system", "", "The system turn of --chat.")
+BOS = flags.DEFINE_enum(
+  "bos", "auto", ["auto", "on", "off"], "Prompts begin with BOS; auto: as the model was trained, or its tokenizer does."
+)
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends the answer and is cut off; may be repeated.")
 STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "Token that ends the answer; may be repeated.")
 JSON = flags.DEFINE_boolean("json", False, "Print a JSON object in the end and nothing before.")
@@ -44,7 +47,7 @@ def main():
   if not MODEL.value or not PROMPT.value:
     raise UserError("--model and --prompt are needed: give the model and the text to go on from.")
   sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, MIN_P.value, SEED.value)
-  request = Request(NEW_TOKENS.value, sampling, CHAT.value, SYSTEM.value, STOP_TOKEN.value, STOP.value)
+  request = Request(NEW_TOKENS.value, sampling, CHAT.value, SYSTEM.value, STOP_TOKEN.value, STOP.value, BOS.value)
   predictors = Path(PREDICTORS.value) if PREDICTORS.value else None
   decoder = load(Path(MODEL.value), SPARSE.value, DTYPE.value, predictors)
   streamed = len(PROMPT.value) == 1 and not JSON.value

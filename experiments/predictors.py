@@ -26,6 +26,12 @@ OUT = flags.DEFINE_string("out", None, "The folder to write, which must not exis
 INPUT = flags.DEFINE_string("input", "before_norm", "What predictors read: before_norm, or after_norm as the FFN does.")
 BUDGET = flags.DEFINE_float("budget", 0.12, "Share of the FFN's weights that predictors hold, shared among the layers.")
 RECALL = flags.DEFINE_float("recall", 0.95, "Share of the neurons that fire which predictors are to find.")
+BOS = flags.DEFINE_enum(
+  "bos",
+  "auto",
+  ["auto", "on", "off"],
+  "Documents begin with BOS; auto: as the model was trained, or its tokenizer does.",
+)
 STEPS = flags.DEFINE_integer("steps", 500, "Batches of text that are trained on.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "Peak of the learning rate. Default: 0.08 / sqrt(D).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a batch.", lower_bound=1)
@@ -42,7 +48,7 @@ def main():
     raise UserError("--model and --data are needed: give the model and the text to train its predictors on.")
   out = Path(OUT.value) if OUT.value else None
   sizes = {"batch_size": BATCH_SIZE.value, "seq_len": SEQ_LEN.value, "tokens": TOKENS.value}
-  text = {"validation": VALIDATION.value, "root": ROOT.value, "text_field": TEXT_FIELD.value}
+  text = {"validation": VALIDATION.value, "root": ROOT.value, "text_field": TEXT_FIELD.value, "bos": BOS.value}
   training = {"steps": STEPS.value, "learning_rate": LEARNING_RATE.value, "seed": SEED.value}
   choice = {"source": INPUT.value, "budget": BUDGET.value, "recall": RECALL.value}
   run(Path(MODEL.value), DATA.value, out, **choice, **training, **text, **sizes)

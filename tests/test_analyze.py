@@ -133,6 +133,23 @@ def test_a_real_model_has_the_loss_of_transformers_and_its_own_vocabulary(small,
   assert "Vocabularies differ" in str(json.loads((tmp_path / "out" / "summary.json").read_text())["notes"])
 
 
+def test_a_model_without_bos_is_scored_as_it_was_trained_and_bos_can_be_asked_for(tmp_path):
+  theirs = save_bytes_model(tmp_path / "model")
+  config = json.loads((tmp_path / "model" / "config.json").read_text())
+  (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"tsparse_bos": "off"}))
+  text = save_texts(tmp_path / "text.jsonl", TEXTS[:12])
+  (made,) = analyze([tmp_path / "model"], text, tmp_path / "out", seq_len=64)["models"]
+  nll, count = 0.0, 0
+  for first, *tokens in ([*(byte + 3 for byte in text.encode()), 1] for text in TEXTS[:12]):
+    loss, number, _ = reference(theirs, [tokens], first, seq_len=64)
+    nll, count = nll + loss * number, count + number
+  assert (made["bos"], made["tokens"]) == (False, count) and made["loss"] == pytest.approx(nll / count, abs=1e-4)
+  assert "without BOS" in made["data"]
+  model = open_model(tmp_path / "model")
+  asked = [analysis_run._own(DataSettings(bos=bos), model).bos for bos in ("auto", "on", "off")]
+  assert asked == ["off", "on", "off"]
+
+
 def test_only_a_part_of_the_text_is_said(small, tmp_path):
   (made,) = analyze([small[0]], small[1], tmp_path / "out", tokens=30)["models"]
   assert made["data"] == f"{small[1]} (a part of it)" and made["documents"] < 3 and made["tokens"] == 30

@@ -50,6 +50,7 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
 
   base, swapped, recovered = analysis["models"]
   assert [m["name"] for m in analysis["models"]] == ["base", "swapped", "recovered"]
+  assert [m["bos"] for m in analysis["models"]] == [True] * 3 and open_model(workdir).bos == "on"  # of bytes
   assert (base["activation"], swapped["activation"], recovered["activation"]) == ("swiglu", "drelu", "drelu")
   assert base["zero_fraction"]["mean"] == 0 and swapped["zero_fraction"]["mean"] > 0.5
   assert recovered["loss"] < swapped["loss"]
@@ -217,6 +218,38 @@ def test_a_workdir_goes_on_when_configs_have_got_more_fields_since(text, tmp_pat
   sentence = "config.model.qk_norm was False and is now True, config.train.z_loss was 0.0 and is now 0.0001"
   with pytest.raises(UserError, match=sentence):
     workdirs.check_free(tmp_path, config)
+
+
+def test_bos_is_what_the_workdir_records_or_as_the_start_or_the_tokenizer_has_it(text, tmp_path, monkeypatch):
+  import tokenizers
+
+  monkeypatch.setattr("tsparse.convert.model.checkpoint.latest_step", lambda _: 1)
+
+  bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "the": 1}, unk_token="</s>"))
+  bare.save(str(tmp_path / "tokenizer.json"))  # without BOS
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  config, path = small(text), tmp_path / "run" / "config.json"
+  assert config.data.bos == "auto" and experiment.with_bos(config, tmp_path / "run").data.bos == "on"  # bytes
+  config.data.vocabulary = str(tmp_path)
+  resolved = experiment.with_bos(config, tmp_path / "run")
+  assert resolved.data.bos == "off" and config.data.bos == "auto"
+  with workdirs.claim(tmp_path / "run", resolved):
+    fields = json.loads(path.read_text())
+  assert open_model(path.parent).bos == "off"
+  del fields["data"]["bos"]  # trained before there was a choice: with EOS in front, and it goes on so
+  path.write_text(json.dumps(fields))
+  resumed = experiment.with_bos(config, tmp_path / "run")
+  workdirs.check_free(tmp_path / "run", resumed)
+  assert resumed.data.bos == open_model(path.parent).bos == "on" == repeat.get_config(str(tmp_path / "run")).data.bos
+  config.init = str(tmp_path / "run")
+  assert experiment.with_bos(config, tmp_path / "new").data.bos == "on"
+  config.data.bos = "off"
+  assert experiment.with_bos(config, tmp_path / "run").data.bos == "off"
+  with pytest.raises(UserError, match="config.data.bos was 'on' and is now 'off'"):
+    workdirs.check_free(tmp_path / "run", experiment.with_bos(config, tmp_path / "run"))
+  del fields["train"]  # a converted model, of which nothing is known
+  path.write_text(json.dumps(fields))
+  assert open_model(path.parent).bos == "auto"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One experiment from its config: check, train or ReLUfy, analyse, report. `experiments/run.py` calls `run`."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -31,6 +32,8 @@ from tsparse.data import (
   describe,
   evaluation_batches,
   evaluation_by_source,
+  first_token,
+  load_tokenizer,
 )
 from tsparse.data.tokenizer_files import KEPT, vocabulary_of
 from tsparse.errors import UserError
@@ -58,6 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   """
   console = (console or Console()) if hosts.is_main() else Console(quiet=True)
   check_sections(config)
+  config = with_bos(config, workdir)
   recorded = stages_of(config, workdir)
   vocabulary = vocabulary_of(workdir, config.data.vocabulary)
   stages = [stage.reading(vocabulary) for stage in recorded]
@@ -107,6 +111,23 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   print_table(analysis, console)
   console.print(f"report  {workdir / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
   return analysis
+
+
+def with_bos(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+  """The config with "on" or "off" for a `data.bos` that is "auto": what the workdir already records, else as the model
+  that it starts from, else as the tokenizer does."""
+  bos = data_settings(config.data).bos
+  if bos == "auto" and (workdir / "config.json").exists():
+    bos = workdirs.read_config(workdir).get("data", {}).get("bos", "on")  # on: before there was a choice
+  else:
+    if bos == "auto" and config.init:
+      bos = open_model(Path(config.init)).bos
+    if bos == "auto":
+      bos = "off" if first_token(load_tokenizer(config.data.vocabulary), bos) is None else "on"
+  config = copy.deepcopy(config)
+  with config.unlocked():
+    config.data.bos = bos
+  return config
 
 
 def source_of(stage: Stage, console: Console) -> Source:
@@ -233,7 +254,7 @@ def analyze_stages(
     whole, parts = texts[phase.name]
     if whole is not held_out:
       by_source = (parts or {text_name(phase.config.data): whole}) | by_source
-  text = f"{text_name(config.data)} (held out)"
+  text = f"{text_name(config.data)} (held out{'' if held_out.bos else ', without BOS'})"
   analysis = analyze_cases(
     [
       Case(

@@ -73,6 +73,7 @@ def defaults() -> dict[str, Any]:
   config = default.get_config()
   fields = [field for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING]
   config.model = {field.name: field.default for field in fields if field.name in config.model}
+  config.data.bos = "on"  # there was no other way
   return flatten(_resolved(config))
 
 

@@ -91,7 +91,7 @@ def held_out(config, rows=4, time=24):
   }
   tokens = 2 * int((segments > 0).sum())
   ids = [np.where(segments > 0, np.arange(rows)[:, None] + first, -1) for first in (0, rows)]  # a document a row
-  return EvaluationSet([batch, batch], ids, 8, tokens, split="all", complete=True, vocabulary="bytes", eos=True)
+  return EvaluationSet([batch, batch], ids, 8, tokens, "all", complete=True, vocabulary="bytes", eos=True, bos=True)
 
 
 @pytest.mark.parametrize("experts", [0, 4])

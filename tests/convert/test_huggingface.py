@@ -21,6 +21,7 @@ from tsparse.convert.huggingface import _tensors, write_directory
 from tsparse.convert.leaf import Leaf
 from tsparse.convert.model import open_model
 from tsparse.convert.rules import to_theirs
+from tsparse.data import first_token, load_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import PRESETS, ModelConfig
 from tsparse.models.transformer import Transformer, abstract_parameters
@@ -113,6 +114,42 @@ def save_huggingface(folder: Path, family: str, fields: dict, dtype="float32"):
   model.to(getattr(torch, dtype))
   model.save_pretrained(folder)
   return model
+
+
+@pytest.mark.parametrize(
+  "kind", ["json", "json_without_bos", "json_that_ends", "GPTNeoXTokenizerFast", "sentencepiece"]
+)
+def test_an_exported_folder_has_bos_in_transformers_where_the_model_has_it(kind, tmp_path, request):
+  import tokenizers as tk
+  from transformers import AutoTokenizer
+
+  source, names = tmp_path / "source", {"bos_token": "<s>", "eos_token": "</s>"}
+  save_huggingface(source, "Llama", {})
+  config = json.loads((source / "config.json").read_text())
+  if kind == "sentencepiece":
+    shutil.copy(request.getfixturevalue("shared_data") / "stories260k" / "tokenizer.model", source)
+  else:
+    names = {"eos_token": "</s>"} if kind == "json_without_bos" else names
+    made = tk.Tokenizer(tk.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "cat": 4}, "<unk>"))
+    made.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<unk>", *names.values()])
+    if kind == "json_that_ends":
+      made.post_processor = tk.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    made.save(str(source / "tokenizer.json"))
+    kinds = {"tokenizer_class": "PreTrainedTokenizerFast" if kind.startswith("json") else kind}
+    (source / "tokenizer_config.json").write_text(json.dumps(names | kinds))
+  for bos in ("auto", "on", "off"):
+    recorded = {} if bos == "auto" else {"tsparse_bos": bos}
+    (source / "config.json").write_text(json.dumps(config | recorded))
+    assert convert(source, tmp_path / f"ours_{bos}", "tsparse").bos == bos
+    again = convert(tmp_path / f"ours_{bos}", tmp_path / bos, "hf")
+    ours, theirs = load_tokenizer(again.vocabulary), AutoTokenizer.from_pretrained(tmp_path / bos)
+    first = first_token(ours, again.bos)
+    assert first == {"auto": first_token(load_tokenizer(str(source)), "auto"), "on": ours.bos, "off": None}[bos]
+    assert again.bos == bos and first_token(ours, "auto") == first  # the files alone say so
+    ids = theirs("a cat").input_ids
+    ends = [2] if kind == "json_that_ends" else []
+    assert ids == [*([] if first is None else [first]), *theirs("a cat", add_special_tokens=False).input_ids, *ends]
 
 
 def parameters(model):
@@ -656,7 +693,7 @@ def test_the_real_model_is_made_sparse_exported_and_read_again(recipe, shared_da
     assert between["loss"] < trained["loss"] < 1.9 and trained["zero_fraction"]["mean"] == pytest.approx(0.8, abs=0.02)
 
   convert(tmp_path / "run", tmp_path / "out", "hf")
-  assert (tmp_path / "out" / "tokenizer.model").exists()
+  assert (tmp_path / "out" / "tokenizer.model").exists() and open_model(tmp_path / "out").bos == "on"
   again = open_model(tmp_path / "out")
   made = {"plain": ("drelu", False), "best": ("swiglu", True)}
   assert (again.config.activation, again.config.hidden_thresholds) == made[recipe]

@@ -91,7 +91,7 @@ def test_cached_and_uncached_give_the_same_examples(writer, jsonl, tmp_path):
   assert [next(again)["targets"].tolist() for _ in range(3)] == ahead
   with pytest.raises(UserError, match="data.cached was None and is True"):
     again.restore(train_iterator(plain, seq_len=64, batch_size=4, seed=0).state())
-  with pytest.raises(UserError, match="cannot be read"):
+  with pytest.raises(UserError, match="data.cached was True and is None"):
     train_iterator(plain, seq_len=64, batch_size=4, seed=0).restore(position)
 
 

@@ -18,6 +18,7 @@ from tsparse.data import (
   merge_positions,
   train_iterator,
 )
+from tsparse.data.accounting import pack, unpack
 from tsparse.data.encoding import Encoder, load_tokenizer, make_encoder
 from tsparse.data.iterator import _evaluation_set
 from tsparse.data.lanes import Mixer
@@ -152,12 +153,42 @@ def test_a_position_of_another_run_is_refused(jsonl, tmp_path):
     (train(settings(jsonl), seed=5), "seed was 1 and is 5"),
     (train(settings(jsonl, lanes=2)), "lanes was 1 and is 2"),
     (train(settings(jsonl, eos=False)), "data.eos was True and is False"),
+    (train(settings(jsonl, bos="off")), "data.bos was on and is off"),
     (train(settings(other)), "data.train was"),
   ):
     with pytest.raises(UserError, match=key):
       changed.restore(state)
   with pytest.raises(UserError, match="cannot be read"):
     train(settings(jsonl)).restore(b"nonsense")
+  former = unpack(state)
+  del former["fingerprint"]["data.bos"]  # saved before there was a choice: with BOS
+  train(settings(jsonl)).restore(pack(former))
+  with pytest.raises(UserError, match="data.bos was on and is off"):
+    train(settings(jsonl, bos="off")).restore(pack(former))
+
+
+def test_documents_without_bos_are_counted_by_their_targets(tmp_path):
+  texts = ["abc", "d", "efgh" * 20, "i", "jk"]
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  data = settings("", validation=str(tmp_path / "a.jsonl"), eos=False)
+  sizes = {"seq_len": 16, "batch_size": 2}
+  off = settings("", validation=data.validation, eos=False, bos="off")
+  whole, without = (evaluation_batches(each, max_tokens=1000, **sizes) for each in (data, off))
+  assert (whole.bos, without.bos, whole.documents, without.documents) == (True, False, 5, 5)
+  assert (whole.tokens, without.tokens, without.complete) == (87, 82, True)
+  found = {}
+  for batch, ids in zip(without.batches, without.document_ids, strict=True):
+    assert ((ids >= 0) == (batch["segment_ids"] > 0)).all()
+    for document in set(ids[ids >= 0].tolist()):
+      chosen = ids == document
+      first = "" if document in found else chr(batch["inputs"][chosen][0] - 3)
+      found[document] = found.get(document, first) + bytes((batch["targets"][chosen] - 3).tolist()).decode()
+  assert sorted(found.values()) == sorted(text for text in texts if len(text) > 1)
+  for limit in (1, 79, 80):  # what is cut is not taken for whole
+    cut = evaluation_batches(off, max_tokens=limit, **sizes)
+    assert cut.tokens <= limit and not cut.complete
+  with pytest.raises(UserError, match="config.data.bos is 'never': set it to auto, on, off"):
+    check_data(settings(tmp_path / "a.jsonl", validation=data.validation, bos="never"), 512)
 
 
 def test_evaluation_takes_documents_in_a_fixed_order(jsonl):

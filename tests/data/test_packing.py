@@ -13,8 +13,8 @@ def documents(seed=0, n=40):
   return [rng.integers(10, 1000, rng.integers(1, 50)) for _ in range(n)]
 
 
-def pack(docs, seq_len, split):
-  packer, rows = Packer(map(Piece, docs), seq_len, BOS, split_documents=split), []
+def pack(docs, seq_len, split, bos=BOS):
+  packer, rows = Packer(map(Piece, docs), seq_len, bos, split_documents=split), []
   while True:
     try:
       rows.append(packer.next_row())
@@ -46,6 +46,24 @@ def test_rows_match_an_oracle(split, seq_len):
   got = [list(zip(*(r[k].tolist() for k in keys), strict=True)) for r in rows]
   assert got == oracle(docs, seq_len, split)
   assert all(r[k].dtype == np.int32 and r[k].shape == (seq_len,) for r in rows for k in keys)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_without_bos_the_first_token_of_a_document_is_context_and_predicted_by_nothing(split):
+  docs = [*documents(1), np.array([5]), np.array([6, 8])]  # of one token there is nothing to predict
+  want = pack([doc[1:] for doc in docs if len(doc) > 1], 16, split)
+  rows, starts = pack(docs, 16, split, bos=None), iter([doc[0] for doc in docs if len(doc) > 1])
+  for row, expected in zip(rows, want, strict=True):
+    for key in KEYS[1:]:
+      np.testing.assert_array_equal(row[key], expected[key])
+    begins = (row["segment_ids"] > 0) & (expected["inputs"] == BOS)  # no token of a document is 7
+    assert row["inputs"][begins].tolist() == [next(starts) for _ in range(begins.sum())]
+    np.testing.assert_array_equal(row["inputs"][~begins], expected["inputs"][~begins])
+  assert next(starts, None) is None
+  context, mask = Piece(np.array([3, 4]), context=9), np.array([0, 1])
+  packer = Packer(iter([Piece(np.array([1, 2]), mask, ends=False), context]), 3, None, split_documents=True)
+  row = packer.next_row()  # only the first piece of a document begins it
+  assert [row[key].tolist() for key in ("inputs", "targets", "loss_mask")] == [[1, 9, 3], [2, 3, 4], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("split", [True, False])

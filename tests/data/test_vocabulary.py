@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import generate_merges
 from tests.conftest import ENVIRONMENT
 from tests.data.conftest import settings
 from tsparse.data import bos_id, load_vocabulary, same_vocabulary, train_iterator
-from tsparse.data.encoding import tokenizer_digest
+from tsparse.data.encoding import BYTES, first_token, load_tokenizer, tokenizer_digest
 from tsparse.data.tensorflow import load_tensorflow
 from tsparse.errors import UserError
 
@@ -243,6 +243,46 @@ def test_the_post_processor_names_bos_and_eos_before_the_models_config_does(tmp_
   vocabulary = load_vocabulary(write(tmp_path, tokenizer=made, config={"bos_token_id": 0, "eos_token_id": 0}))
   assert [(token, i) for token, i in zip(("<b>", "<e>"), (bos_id(vocabulary), vocabulary.eos_id), strict=True)] == ends
   assert len(vocabulary.encode("a")) == 1  # the packer adds BOS and the task EOS
+
+
+def framed(tokenizer: Tokenizer, first: str) -> Tokenizer:
+  """The tokenizer with a post-processor that puts a token before texts."""
+  ids = [(first, tokenizer.token_to_id(first))]
+  tokenizer.post_processor = processors.TemplateProcessing(f"{first} $A", f"{first} $A $B", special_tokens=ids)
+  return tokenizer
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize(
+  "kind", ["LlamaTokenizer", "PreTrainedTokenizerFast", "GPTNeoXTokenizerFast", "Qwen2Tokenizer"]
+)
+@pytest.mark.parametrize("puts", [True, False])
+def test_bos_stands_before_a_text_where_auto_tokenizer_puts_it(puts, kind, given, tmp_path):
+  made = byte_level("<b>", "<e>")
+  config = {"bos_token": "<b>", "eos_token": "<e>", "tokenizer_class": kind}
+  config |= {} if given is None else {"add_bos_token": given}
+  folder = write(tmp_path, tokenizer=framed(made, "<b>") if puts else made, tokenizer_config=config)
+  ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+  first = first_token(ours, "auto")
+  assert theirs("a cat").input_ids == [*([] if first is None else [first]), *ours.encode("a cat")]
+  assert (first_token(ours, "on"), first_token(ours, "off")) == (300, None)
+
+
+def test_bos_before_texts_of_a_sentencepiece_model_is_as_the_file_beside_it_says(model, tmp_path):
+  shutil.copy(model, tmp_path / "tokenizer.model")
+  for given, first in ((True, 1), (False, None), (None, 1)):  # as such models are trained, where nothing is said
+    write(tmp_path, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_bos_token": given})
+    assert first_token(load_tokenizer(str(tmp_path)), "auto") == first
+    if given is not None:
+      assert (AutoTokenizer.from_pretrained(tmp_path)("a cat").input_ids[:1] == [1]) == given
+  write(tmp_path, tokenizer_config={"bos_token": "", "eos_token": "</s>"})  # an empty one is none: the model's own
+  assert load_tokenizer(str(tmp_path)).bos == 1
+
+
+def test_a_tokenizer_without_bos_puts_none_and_eos_where_it_is_asked_for(tmp_path):
+  tokenizer = load_tokenizer(write(tmp_path, tokenizer=byte_level("<e>"), tokenizer_config={"eos_token": "<e>"}))
+  assert [first_token(tokenizer, bos) for bos in ("auto", "off", "on")] == [None, None, tokenizer.eos]
+  assert [first_token(BYTES, bos) for bos in ("auto", "off", "on")] == [0, None, 0]
 
 
 def test_a_tokenizer_json_that_asks_for_truncation_and_padding_gives_all_ids(tmp_path):

@@ -160,7 +160,7 @@ def test_experts_of_a_model_of_ours_answer_as_their_export_does_and_write_what_t
   model = convert(tmp_path / "first", tmp_path / "ours", "tsparse")
   convert(tmp_path / "ours", tmp_path / "export", "hf")
   tasks, out = asked(shared_data, tmp_path), tmp_path / "out"
-  run(tmp_path / "ours", tasks, out, samples=True, console=Console(quiet=True))
+  assert run(tmp_path / "ours", tasks, out, samples=True, console=Console(quiet=True))["bos"]  # the post-processor's
   assert_equal(out, "off", by_transformers(tmp_path / "export", tasks))
 
   plain, masks = (intervention(Setting("topk", level), model.config, shared=False) for level in (0, 0.75))

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -148,15 +150,52 @@ def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
   tokenizer = dataclasses.replace(load_tokenizer("bytes"), table={"<|im_end|>": 300, "<stop>": 301})
   assert stop_tokens(tokenizer, tmp_path, ["<stop>"], chat=True) == {1, 7, 9, 300, 301}
   text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-  assert encode_prompt(tokenizer, "Hi", chat=True, system="Be brief.") == [0, *tokenizer.encode(text)]
+  assert encode_prompt(tokenizer, "Hi", 0, chat=True, system="Be brief.") == [0, *tokenizer.encode(text)]
   for said in ({"prompt": "a<|im_end|>"}, {"prompt": "a", "system": "<|im_start|>"}):
     with pytest.raises(
       UserError, match="The conversation has <.im_.* in a message, which the vocabulary has no id for"
     ):
-      encode_prompt(tokenizer, chat=True, **said)
+      encode_prompt(tokenizer, bos=None, chat=True, **said)
   with pytest.raises(UserError, match="no such token"):
     stop_tokens(tokenizer, tmp_path, ["<nope>"], chat=False)
   assert stop_tokens(load_tokenizer("bytes"), tmp_path, ["</s>", "<0x0A>"], chat=False) == {1, 7, 9, 13}
+
+
+def test_bos_is_before_a_prompt_where_the_model_has_it_and_the_request_decides_otherwise(tiny):
+  zero_first = dataclasses.replace(tiny, bos="off")
+  done = [
+    complete(decoder, ["ab"], Request(new_tokens=4, bos=bos))[0]
+    for decoder, bos in ((tiny, "auto"), (zero_first, "on"), (zero_first, "auto"), (tiny, "off"))
+  ]
+  with_bos, without = (rows(tiny, [ids], 4)[0] for ids in ([0, 100, 101], [100, 101]))
+  assert [one.tokens for one in done] == [with_bos, with_bos, without, without] and with_bos != without
+  assert "BOS before the prompt" in summary(tiny, done[:1]) and "no BOS" in summary(tiny, done[2:])
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+  """A folder with SmolLM2-135M-Instruct in the layout of Hugging Face."""
+  folder = Path(os.environ.get("TSPARSE_SMOLLM2", "-"))
+  if not (folder / "tokenizer.json").exists():
+    pytest.skip("set TSPARSE_SMOLLM2 to a folder with SmolLM2-135M-Instruct, of Hugging Face, for this test")
+  return folder
+
+
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+
+
+def test_smollm2_goes_on_as_in_transformers_without_bos(smollm2):
+  import transformers
+
+  decoder = load(smollm2, "off")
+  (done,) = complete(decoder, ["The capital of France is"], Request(new_tokens=7))
+  assert done.text == " Paris.\n\nThe answer is" and not done.bos  # with BOS it goes on as "The capital of the ..."
+  theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
+  turns = [("system", "Be brief."), ("user", "naïve\n日本")]
+  messages = [{"role": role, "content": text} for role, text in turns]
+  template = TEMPLATE + "{{ '<|im_start|>assistant\n' }}"
+  want = theirs.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+  assert encode_prompt(decoder.tokenizer, turns[1][1], None, chat=True, system=turns[0][1]) == want
 
 
 def test_a_text_ends_where_the_context_or_the_request_does(tiny):

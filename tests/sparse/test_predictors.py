@@ -229,7 +229,7 @@ def test_training_lowers_the_loss_and_keeps_the_recall_on_other_text(trained):
 def test_the_report_has_every_number_as_table_json_and_picture(trained, tmp_path):
   folder, found = trained
   written = json.loads((folder / "model" / "predictors" / "quality.json").read_text())
-  assert written == found and written["definitions"]["recall"]
+  assert written == found and written["definitions"]["recall"] and found["bos"]  # of bytes
   assert (folder / "model" / "predictors" / "quality.png").read_bytes().startswith(b"\x89PNG")
   console = Console(record=True, width=120, file=(tmp_path / "out").open("w"))
   report.show(found, console)

@@ -117,6 +117,7 @@ def analyze(
     "data": text,
     "vocabulary": data.vocabulary,
     "eos": data.eos,
+    "bos": data.bos,
     "documents": data.documents,
     "documents_cut": data.cut,
     "tokens": natural.tokens,

@@ -24,6 +24,7 @@ from tsparse.data import (
   check_embedded,
   evaluation_batches,
   evaluation_by_source,
+  first_token,
   load_tokenizer,
   same_tokenizer,
 )
@@ -120,6 +121,7 @@ def run(
   batch_size: int | None = None,
   seq_len: int | None = None,
   eos: bool | None = None,
+  bos: str = "auto",
   root: str = "",
   text_field: str = "text",
   also: str = "",
@@ -141,6 +143,8 @@ def run(
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     seq_len: tokens of a row; None for the least of the models' own (`Model.row`).
     eos: whether documents end with an end-of-text token, which is scored; None if all models were trained with one.
+    bos: whether documents begin with BOS, "on" or "off"; "auto" for what each model was trained with, or its tokenizer
+      does.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
     also: another D, on which loss, zeros and hot neurons are compared with those on `data`; "" for none.
@@ -170,7 +174,7 @@ def run(
     check_fits(model, mesh)
   eos = all(model.eos for model in stored) if eos is None else eos
   with console.status("reading the data"):
-    settings = DataSettings(train="", validation=data, eos=eos, root=root, text_field=text_field)
+    settings = DataSettings(train="", validation=data, eos=eos, bos=bos, root=root, text_field=text_field)
     sizes = {"seq_len": seq_len, "batch_size": batch_size}
     texts = _texts(stored, settings, also, max_tokens=tokens, **sizes)
     others = [
@@ -232,17 +236,25 @@ def check_fits(model: Model, mesh: jax.sharding.Mesh):
 
 def _described(data: str, text: EvaluationSet) -> str:
   parts = [] if text.eos else ["end-of-text tokens not scored"]
+  parts += [] if text.bos else ["without BOS"]
   parts += ([] if text.split == "all" else [text.split]) + ([] if text.complete else ["a part of it"])
   return f"{data} ({', '.join(parts)})" if parts else data
 
 
 def _calibration(model: Model, data: DataSettings, text: EvaluationSet, sizes: dict[str, int]) -> EvaluationSet | None:
   """Documents after the evaluated ones, of which none may be in part; None where there are no others."""
-  own = dataclasses.replace(data, vocabulary=model.vocabulary, embedded=model.config.vocab_size)
+  own = _own(data, model)
   try:
     return None if text.complete else evaluation_batches(own, max_tokens=CALIBRATION_TOKENS, skip=text.taken, **sizes)
   except NoText:
     return None
+
+
+def _own(data: DataSettings, model: Model) -> DataSettings:
+  """The settings in the vocabulary of the model, with BOS as it has it unless they say otherwise."""
+  rows = min(model.config.vocab_size, load_tokenizer(model.vocabulary).size)  # no text needs more than there are tokens
+  bos = model.bos if data.bos == "auto" else data.bos
+  return dataclasses.replace(data, vocabulary=model.vocabulary, embedded=rows, bos=bos)
 
 
 def _exporter(folder: Path, form: str) -> Callable[[ModelCounts], None]:
@@ -253,16 +265,16 @@ def _texts(
   stored: Sequence[Model], data: DataSettings, also: str, **sizes
 ) -> list[tuple[EvaluationSet, dict[str, EvaluationSet]]]:
   """The batches of each model, of the whole and of each source and what is `also` read, tokenized once for each
-  vocabulary."""
-  known: list[tuple[Any, int, tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
+  vocabulary and its BOS."""
+  known: list[tuple[Any, tuple[int, int | None], tuple[EvaluationSet, dict[str, EvaluationSet]]]] = []
   result = []
   for model in stored:
     vocabulary = load_tokenizer(model.vocabulary)
     check_embedded(vocabulary, model.config.vocab_size)
-    embedded = min(model.config.vocab_size, vocabulary.size)  # what more rows than tokens hold, no text needs
-    found = next((text for other, rows, text in known if rows == embedded and same_tokenizer(other, vocabulary)), None)
+    own = _own(data, model)
+    how = own.embedded, first_token(vocabulary, own.bos)
+    found = next((text for other, its, text in known if its == how and same_tokenizer(other, vocabulary)), None)
     if found is None:
-      own = dataclasses.replace(data, vocabulary=model.vocabulary, embedded=embedded)
       text = evaluation_batches(own, **sizes)
       if text.complete and text.tokens < sizes["seq_len"]:
         raise UserError(
@@ -274,6 +286,6 @@ def _texts(
         second = evaluation_batches(dataclasses.replace(own, validation=also), **sizes)
         sources = (sources or {data.validation: text}) | {also: second}
       found = text, sources
-      known.append((vocabulary, embedded, found))
+      known.append((vocabulary, how, found))
     result.append(found)
   return result

@@ -12,7 +12,7 @@ from rich.console import Console
 from tsparse import files
 from tsparse.convert import gguf, rules, stored
 from tsparse.convert.families import export_format
-from tsparse.convert.huggingface import copy_tokenizer, write_directory
+from tsparse.convert.huggingface import copy_tokenizer, put_bos, write_directory
 from tsparse.convert.leaf import Leaf, cast, counted
 from tsparse.convert.model import Model, open_model
 from tsparse.convert.tokenizer_json import complete_for_transformers
@@ -148,7 +148,7 @@ def _write_workdir(model: Model, tokens_seen: int, leaves: Leaves, folder: Path)
     "activation": fields.pop("activation"),
     "model": fields,
     # the tokenizer's files came along
-    "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else ".", "eos": model.eos},
+    "data": {"vocabulary": "bytes" if model.vocabulary == "bytes" else ".", "bos": model.bos, "eos": model.eos},
   }
   _copy_tokenizer(model, folder)
   stored.save(folder, leaves, tokens_seen)
@@ -161,9 +161,12 @@ def _write_huggingface(model: Model, leaves: Leaves, folder: Path):
   if model.vocabulary == "bytes":
     fields["tsparse_vocabulary"] = "bytes"
   fields["tsparse_eos"] = model.eos
+  if model.bos != "auto":
+    fields["tsparse_bos"] = model.bos
   _copy_tokenizer(model, folder)
   if model.vocabulary not in ("", "bytes"):
     complete_for_transformers(folder)
+    put_bos(folder, model.bos)
   write_directory(folder, fields, rules.to_theirs(mapping, model.config, leaves), modeling)
 
 

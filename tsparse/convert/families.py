@@ -58,8 +58,8 @@ NO_MATHS = {
   "is_decoder", "label2id", "max_length", "max_sequence_length", "model_type", "output_attentions",
   "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
   "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "tf_legacy_loss", "tokenizer_class",
-  "torch_dtype", "torchscript", "transformers_version", "tsparse_eos", "tsparse_vocabulary", "unk_token_id",
-  "use_bfloat16", "use_cache",
+  "torch_dtype", "torchscript", "transformers_version", "tsparse_bos", "tsparse_eos", "tsparse_vocabulary",
+  "unk_token_id", "use_bfloat16", "use_cache",
 }  # fmt: skip
 # Fields that would, by the only values that are supported.
 ONLY = {

@@ -316,7 +316,7 @@ def _plan(
     "layer_norm_rms_eps": config.norm_eps,
     **fields,
   }
-  vocabulary = read_vocabulary(model.vocabulary, config.vocab_size)
+  vocabulary = read_vocabulary(model.vocabulary, config.vocab_size, model.bos)
   return Plan(file, magic, architecture, tensors, fields, vocabulary, warnings=warnings)
 
 

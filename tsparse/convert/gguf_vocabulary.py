@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tsparse.data.embedded import check_embedded, check_ids
-from tsparse.data.encoding import BYTES
+from tsparse.data.encoding import BYTES, first_token
 from tsparse.data.tokenizer import Source, Tokenizer, build_tokenizer, read_tokenizer
 from tsparse.errors import UserError
 
@@ -86,14 +86,15 @@ class Vocabulary:
     }
 
 
-def read_vocabulary(name: str, size: int) -> Vocabulary:
-  """The tokenizer that `name` says (data/vocabulary.py), for a model with `size` rows of embeddings.
+def read_vocabulary(name: str, size: int, bos: str = "auto") -> Vocabulary:
+  """The tokenizer that `name` says (data/vocabulary.py), for a model with `size` rows of embeddings whose texts begin
+  with BOS as `bos` says (`data.encoding.first_token`).
 
   Raises:
     UserError: it cannot be read, is larger than that, or is not one that llama.cpp has.
   """
   if name == "bytes":
-    return _bytes(size)
+    return dataclasses.replace(_bytes(size), add_bos=first_token(BYTES, bos) is not None)
   source = read_tokenizer(name)
   tokenizer = build_tokenizer(source)
   check_embedded(tokenizer, size)
@@ -110,7 +111,8 @@ def read_vocabulary(name: str, size: int) -> Vocabulary:
   if len(set(tokens)) < size or "" in tokens:
     twice = "" if "" in tokens else collections.Counter(tokens).most_common(1)[0][0]
     raise UserError(f"the vocabulary {source.path} has the token {twice!r} twice or empty, and GGUF cannot hold that.")
-  named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": unk, "add_bos": tokenizer.bos != tokenizer.eos}
+  named = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": unk}
+  named["add_bos"] = first_token(tokenizer, bos) is not None
   return Vocabulary(tokens=tokens, types=types, template=_template(Path(source.path).parent), **named, **own)
 
 

@@ -14,7 +14,8 @@ from tsparse.convert import rules
 from tsparse.convert.families import HEAD, IGNORED, read_config
 from tsparse.convert.leaf import Leaf
 from tsparse.data import tokenizer_files
-from tsparse.data.encoding import load_tokenizer, same_tokenizer
+from tsparse.data.encoding import first_token, load_tokenizer, same_tokenizer
+from tsparse.data.tokenizer import FILES, Source, Tokenizer, read_tokenizer
 from tsparse.errors import UserError
 
 SHARD_BYTES = 5 * 10**8  # of a file: safetensors wants all its tensors in memory
@@ -43,6 +44,7 @@ class Directory:
     config: the model.
     vocabulary: what loads its tokenizer: the folder, unless we exported a model over bytes.
     eos: whether documents end with an end-of-text token: as we exported it, else if the tokenizer adds one.
+    bos: whether documents begin with BOS, "on" or "off" as we exported it, else "auto", as the tokenizer does.
 
   Raises:
     UserError: no config.json or safetensors, an unsupported config, a missing or damaged shard, or tensors that are
@@ -64,6 +66,7 @@ class Directory:
     # No path: a checkpoint has no say in which files of this machine are read.
     self.vocabulary = "bytes" if fields.get("tsparse_vocabulary") == "bytes" else str(folder)
     self.eos = bool(fields.get("tsparse_eos", _adds_eos(folder)))
+    self.bos = str(fields.get("tsparse_bos", "auto"))
     ignored = [*IGNORED, *([HEAD.theirs] if self.config.tie_embeddings else [])]
     rules.check_names(self._rules, self.config, self._stored, ignored)
 
@@ -232,6 +235,50 @@ def _same(other: str, vocabulary: str) -> bool:
     return same_tokenizer(load_tokenizer(other), load_tokenizer(vocabulary))
   except UserError:  # of the other: this one was read before
     return False
+
+
+def put_bos(folder: Path, bos: str):
+  """Makes transformers put BOS, or none, before the texts of a folder's tokenizer, as `config.data.bos` says.
+
+  A tokenizer.json says so by its post-processor, a SentencePiece model by `add_bos_token` beside it.
+  """
+  if not any((folder / name).is_file() for name in FILES):
+    return
+  source, tokenizer = read_tokenizer(str(folder)), load_tokenizer(str(folder))
+  first, path = first_token(tokenizer, bos), folder / "tokenizer_config.json"
+  fields = json.loads(path.read_text()) if path.exists() else {}
+  token = {i: name for name, i in tokenizer.table.items()}[tokenizer.bos]
+  if not source.is_json:
+    if fields.get("add_bos_token") != (first is not None):  # where nothing is said, transformers puts none, and we do
+      files.write(path, files.to_json(fields | {"add_bos_token": first is not None, "bos_token": token}))
+    return
+  if tokenizer.adds_bos == (first is not None):
+    return
+  whole = json.loads(source.content)
+  whole["post_processor"] = _post_processor(None if first is None else (token, first), _last(tokenizer, source))
+  files.write(Path(source.path), json.dumps(whole, ensure_ascii=False))
+  if source.adds_bos is not None:  # the class would not heed it
+    files.write(path, files.to_json(fields | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def _last(tokenizer: Tokenizer, source: Source) -> tuple[str, int] | None:
+  """The token, and its id, that the post-processor of a tokenizer.json puts behind a text, if it puts one."""
+  import tokenizers  # here, so that importing this module stays light
+
+  framed = tokenizers.Tokenizer.from_str(source.content.decode()).encode("a")
+  return (framed.tokens[-1], framed.ids[-1]) if framed.special_tokens_mask[1:][-1:] == [1] else None
+
+
+def _post_processor(first: tuple[str, int] | None, last: tuple[str, int] | None) -> dict[str, Any]:
+  """The field of a tokenizer.json that puts tokens, each with its id, before and behind a text and its pair."""
+
+  def around(sequence: str, number: int) -> list[dict[str, Any]]:
+    before, behind = ([{"SpecialToken": {"id": each[0], "type_id": number}}] if each else [] for each in (first, last))
+    return [*before, {"Sequence": {"id": sequence, "type_id": number}}, *behind]
+
+  special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in filter(None, (first, last))}
+  single = around("A", 0)
+  return {"type": "TemplateProcessing", "single": single, "pair": single + around("B", 1), "special_tokens": special}
 
 
 def write_directory(folder: Path, fields: dict[str, Any], tensors: Mapping[str, Leaf], modeling: dict[str, str]):

@@ -29,6 +29,7 @@ class Model:
     config: the model, its activation included.
     vocabulary: what `tsparse.data.load_vocabulary` takes to load its tokenizer.
     eos: whether it was trained on documents that end with the vocabulary's end-of-text token, as far as is known.
+    bos: whether its texts begin with BOS, "on" or "off" as it was trained here, or "auto": as its tokenizer does.
     step: of the checkpoint; 0 for Hugging Face.
     row: tokens of a row to evaluate it on: as it was trained here, else 512, or its context where that is shorter.
     restore: (tree of ShapeDtypeStruct with shardings) -> (parameters, tokens it was trained on by us).
@@ -39,6 +40,7 @@ class Model:
   config: ModelConfig
   vocabulary: str
   eos: bool
+  bos: str
   step: int
   row: int
   restore: Callable[[Any], tuple[Any, int]]
@@ -59,6 +61,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
       directory.config,
       directory.vocabulary,
       directory.eos,
+      directory.bos,
       step=0,
       row=min(ROW, directory.config.max_seq_len),
       restore=lambda target: (place_leaves(directory.leaves(), target), 0),
@@ -67,6 +70,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
   try:
     config = ModelConfig(**fields["model"], activation=fields["activation"])
     vocabulary, eos = fields["data"]["vocabulary"], fields["data"].get("eos", True)
+    bos = fields["data"].get("bos", "on" if "train" in fields else "auto")  # before there was a choice: trained with it
   except (KeyError, TypeError) as error:
     raise UserError(f"{path}/config.json is neither of Hugging Face nor of a workdir of tsparse ({error}).") from None
   inside = path / vocabulary  # of a converted checkpoint, which carries its tokenizer
@@ -77,6 +81,7 @@ def open_model(path: Path, step: int | None = None) -> Model:
     config,
     vocabulary,
     eos,
+    bos,
     step,
     fields.get("train", {}).get("seq_len") or min(ROW, config.max_seq_len),
     restore=lambda target: checkpoint.restore_parameters(path, step, target),

@@ -5,7 +5,7 @@ TensorFlow and seqio are imported when a seqio task is first met, not by this pa
 
 from tsparse.data.accounting import account_metrics, accounts_at, merge_positions
 from tsparse.data.embedded import check_embedded
-from tsparse.data.encoding import load_tokenizer, same_tokenizer
+from tsparse.data.encoding import BOS, first_token, load_tokenizer, same_tokenizer
 from tsparse.data.iterator import (
   EvaluationSet,
   NoText,
@@ -23,6 +23,7 @@ from tsparse.data.settings import DataSettings, data_settings
 from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 
 __all__ = [
+  "BOS",
   "DataSettings",
   "EvaluationSet",
   "Leakage",
@@ -40,6 +41,7 @@ __all__ = [
   "describe",
   "evaluation_batches",
   "evaluation_by_source",
+  "first_token",
   "load_tokenizer",
   "load_vocabulary",
   "merge_positions",

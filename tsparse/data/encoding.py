@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tsparse.data.tokenizer import Tokenizer, build_tokenizer, read_tokenizer
+from tsparse.errors import UserError
 
 # Characters that are encoded at once: what a tokenizer needs in memory and time grows with them. At least so many, and
 # for each token of a row, so that the rows of long contexts can be filled by one document.
 PIECE, PIECE_PER_TOKEN = 8192, 16
+BOS = ("auto", "on", "off")  # `config.data.bos`
 SPACE = re.compile(r"(?<=\w) (?=\w)")
 
 
@@ -47,12 +49,31 @@ def load_tokenizer(name: str) -> Tokenizer:
   Raises:
     UserError: the file is missing, unreadable or not of its kind, or has no EOS.
   """
-  return BYTES if name == "bytes" else _built(name, tokenizer_digest(name))
+  if name == "bytes":
+    return BYTES
+  source = read_tokenizer(name)
+  return _built(name, source.digest, source.adds_bos)
 
 
 @functools.lru_cache(maxsize=8)
-def _built(name: str, _digest: str) -> Tokenizer:
+def _built(name: str, *_content) -> Tokenizer:
   return build_tokenizer(read_tokenizer(name))
+
+
+def first_token(tokenizer: Tokenizer, bos: str) -> int | None:
+  """The id that a text begins with: BOS, or None where it begins with its own first token.
+
+  Args:
+    tokenizer: of the text.
+    bos: `config.data.bos`: "on" and "off", or "auto" for what the tokenizer does by transformers' rules. A tokenizer
+      without a BOS has EOS in its place where that is "on".
+
+  Raises:
+    UserError: `bos` is none of these.
+  """
+  if bos not in BOS:
+    raise UserError(f"config.data.bos is {bos!r}: set it to {', '.join(BOS)}, of which auto is as the tokenizer does.")
+  return tokenizer.bos if bos == "on" or (bos == "auto" and tokenizer.adds_bos) else None
 
 
 def tokenizer_digest(name: str) -> str:

@@ -17,7 +17,7 @@ from tsparse.data import resolve, tasks
 from tsparse.data.accounting import pack, unpack
 from tsparse.data.chat import ENCODING, ChatEncoder
 from tsparse.data.embedded import check_embedded, check_ids
-from tsparse.data.encoding import load_tokenizer, make_encoder, tokenizer_digest
+from tsparse.data.encoding import first_token, load_tokenizer, make_encoder, tokenizer_digest
 from tsparse.data.lanes import Lane, Mixer
 from tsparse.data.leakage import check_disjoint
 from tsparse.data.limit import First
@@ -44,7 +44,9 @@ def check_data(data: Any, model_vocab_size: int):
       too many documents on both sides (`leakage`), a vocabulary that cannot be loaded or is larger than the model's.
   """
   data = data_settings(data)
-  check_embedded(load_tokenizer(data.vocabulary), model_vocab_size)
+  tokenizer = load_tokenizer(data.vocabulary)
+  check_embedded(tokenizer, model_vocab_size)
+  first_token(tokenizer, data.bos)
   if data.skip_bad < 0 or data.lanes < 1:
     raise UserError(
       f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
@@ -128,7 +130,7 @@ class TrainIterator:
     """
     with _readable():
       saved = unpack(state)
-      fingerprint, lanes = saved["fingerprint"], saved["lanes"]
+      fingerprint, lanes = {"data.bos": "on"} | saved["fingerprint"], saved["lanes"]  # before there was a choice
     changed = [
       f"{key} was {fingerprint.get(key)} and is {self._fingerprint.get(key)}"
       for key in self._fingerprint | fingerprint
@@ -203,7 +205,8 @@ def train_iterator(
     key = "data.train" if len(chosen) == 1 else f"source {source.name}"
     content = source.documents[split].fingerprint() if source.documents else source.task
     fingerprint[key] = content if len(chosen) == 1 else f"{source.weight:.9g} of {content}"
-  bos = load_tokenizer(data.vocabulary).bos
+  bos = first_token(load_tokenizer(data.vocabulary), data.bos)
+  fingerprint["data.bos"] = "off" if bos is None else "on"
   lanes = {}
   for number in sorted({row // each for row in (range(batch_size) if rows is None else rows)}):
     lanes[number] = Lane(_mixer(chosen, data, seq_len, seed, number, data.lanes), seq_len, bos)
@@ -279,12 +282,13 @@ class EvaluationSet:
       are in a temporary file: memory is that of a batch, and of 8 bytes a document.
     document_ids: of each batch int32 [B, T], the document of each target, scored or not, from 0; -1 on padding.
     documents: how many documents they hold, those included that are cut.
-    tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target. Of
-      conversations all, though only some are scored.
+    tokens: how many targets: each token of a document once, and its EOS if `eos`; BOS is never a target, and nor is the
+      first token of a document that begins without. Of conversations all, though only some are scored.
     split: of the data they are; "all" for a file or folder that is not split.
     complete: whether they are all of the split; if not, the limit of tokens was reached.
     vocabulary: whose ids they are, as `load_tokenizer` takes it.
     eos: whether documents end with an end-of-text token.
+    bos: whether they begin with BOS.
     cut: how many of the documents are cut at the limit of tokens: at most one of each source.
     limit: how many tokens were asked for.
     taken: how many documents of each source were read for them.
@@ -298,6 +302,7 @@ class EvaluationSet:
   complete: bool
   vocabulary: str
   eos: bool
+  bos: bool
   cut: int = 0
   limit: int = 0
   taken: Sequence[int] = ()
@@ -374,7 +379,7 @@ def _evaluation_set(
   mixer = _mixer(chosen, data, seq_len, EVALUATION_SEED, 0, 1, epochs=1)
   for stream, number in zip(mixer.streams, skip, strict=False):
     stream.skip(number)
-  bos = load_tokenizer(data.vocabulary).bos
+  bos = first_token(load_tokenizer(data.vocabulary), data.bos)
   first = First(mixer, max_tokens, bos)
   packer = Packer(first.documents(lambda: packer.targets), seq_len, bos, split_documents=False)
   batches = spool(_evaluation_batches(packer, batch_size))
@@ -391,8 +396,8 @@ def _evaluation_set(
   ids = batches.arrays[:, -1]
   batches = Spool(batches.keys[:-1], batches.arrays[:, :-1])
   return EvaluationSet(
-    batches, ids, packer.documents, tokens, split, first.complete, data.vocabulary, data.eos, first.cut, max_tokens,
-    first.taken,
+    batches, ids, packer.documents, tokens, split, first.complete, data.vocabulary, data.eos, bos is not None,
+    first.cut, max_tokens, first.taken,
   )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class Mixer:
 class Lane:
   """One lane of training: endless rows."""
 
-  def __init__(self, mixer: Mixer, seq_len: int, bos: int):
+  def __init__(self, mixer: Mixer, seq_len: int, bos: int | None):
     self.mixer = mixer
     self._packer = Packer((piece for _, piece in mixer), seq_len, bos, split_documents=True)
 

@@ -1,6 +1,8 @@
 """Packing of documents into rows of fixed length, in plain numpy.
 
 A document's tokens t_1 .. t_n (EOS last) are the targets and BOS, t_1 .. t_{n-1} the inputs: each is predicted once.
+Where documents begin without BOS, t_1 is context that nothing predicts: the inputs are t_1 .. t_{n-1} and the targets
+t_2 .. t_n.
 """
 
 import base64
@@ -18,7 +20,7 @@ class Piece(NamedTuple):
   Attributes:
     tokens: int32 [n], the targets.
     mask: int32 [n], 1 where the target counts in the loss; None where all do.
-    context: the token before them in their document; None at its beginning, where it is BOS.
+    context: the token before them in their document; None at its beginning, where it is BOS, if there is one.
     ends: whether they are the last of their document.
   """
 
@@ -42,13 +44,14 @@ class Packer:
     document_ids: int32 [T], the document of each target of the last row, counted from 1; 0 is padding.
   """
 
-  def __init__(self, pieces: Iterator[Piece], seq_len: int, bos: int, *, split_documents: bool):
+  def __init__(self, pieces: Iterator[Piece], seq_len: int, bos: int | None, *, split_documents: bool):
+    """`bos` stands before every document; with None its own first token does."""
     self._pieces = pieces
     self._seq_len = seq_len
     self._bos = bos
     self._split_documents = split_documents
     self._positions = np.arange(seq_len, dtype=np.int32)
-    self._pending = np.array([bos], np.int32)  # one token of context, then the tokens still to be predicted
+    self._pending = np.zeros([1], np.int32)  # one token of context, then the tokens still to be predicted
     self._mask = np.zeros([0], np.int32)  # of the latter
     self._ended = True  # the document of the last piece
     self.documents = self.targets = 0
@@ -90,6 +93,7 @@ class Packer:
       piece = next(self._pieces, None)
       if piece is None:
         return False
+      piece = piece if self._bos is not None else first_as_context(piece)
       self._pending = np.empty(1 + len(piece.tokens), np.int32)
       self._pending[0] = self._bos if piece.context is None else piece.context
       self._pending[1:] = piece.tokens
@@ -107,6 +111,14 @@ class Packer:
     """Continues from `state`; the pieces must continue from where they were then."""
     self._pending = _array(state["pending"])
     self._mask = np.ones(len(self._pending) - 1, np.int32) if state["mask"] is None else _array(state["mask"])
+
+
+def first_as_context(piece: Piece) -> Piece:
+  """The piece of a document that begins without BOS: of its first one, the first token is the context."""
+  if piece.context is not None or not len(piece.tokens):
+    return piece
+  mask = None if piece.mask is None else piece.mask[1:]
+  return piece._replace(tokens=piece.tokens[1:], mask=mask, context=int(piece.tokens[0]))
 
 
 def piece_state(piece: Piece) -> list[Any]:

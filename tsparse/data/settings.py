@@ -23,6 +23,8 @@ class DataSettings:
     cached: folder of seqio's cache job, whose tokens are trained on in place of encoding the text; "" for none.
     lanes: S, how many independent readers make a batch.
     vocabulary: see `tsparse.data.tokenizer.load_tokenizer`.
+    bos: whether documents begin with the tokenizer's BOS, "on" or "off", or "auto": as the tokenizer does; see
+      `encoding.first_token`.
     eos: whether documents end with an end-of-text token, to be predicted like the others.
     embedded: rows of the embedding of the model that reads the data: text that needs an id beyond them is refused; 0
       where there is no model.
@@ -40,6 +42,7 @@ class DataSettings:
   cached: str = ""
   lanes: int = DEFAULT_LANES
   vocabulary: str = "bytes"
+  bos: str = "auto"
   eos: bool = True
   embedded: int = 0
 

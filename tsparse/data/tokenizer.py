@@ -2,7 +2,11 @@
 
 Both follow transformers, with whose ids theirs are equal:
 
-- Documents get no special tokens: the packer puts BOS in front and the task EOS at the end.
+- `encode` adds no special tokens: the packer puts BOS in front, where `config.data.bos` says so, and the task EOS at
+  the end. Left to the tokenizer ("auto"), BOS is where transformers 5.23 puts it: the post-processor of a
+  tokenizer.json decides, and `add_bos_token` of tokenizer_config.json beside it is not heeded. With a SentencePiece
+  model that field decides; where it is not there texts begin with BOS, as such models are trained, though transformers
+  puts none.
 - A lone tokenizer.model gives SentencePiece's own ids, as the tokenizer.json published with such models do;
   transformers 5.23 reads such a file otherwise (leading spaces and runs of spaces) than the models were trained.
 - Text that spells a special token (`<s>`, `<unk>`, `<|im_start|>`) becomes that token, not its letters. Where
@@ -30,6 +34,8 @@ from tsparse.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model")  # of a folder; the first is what transformers reads where both are there
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+# Classes of tokenizer_config.json that are deaf to the post-processor of their tokenizer.json -> whether they put BOS.
+DEAF = {"CodeLlamaTokenizer": True, "GPTNeoXTokenizer": False}
 HINT = "name 'bytes', a SentencePiece .model file, a tokenizer.json or a folder that holds one of them"
 
 
@@ -50,8 +56,8 @@ class Tokenizer:
     bos: the id a document begins with: EOS where the tokenizer has no BOS, as such models are trained.
     eos: the id a document ends with.
     unk: the id of what cannot be encoded, or None.
-    adds_bos: whether transformers and lm-eval put BOS in front of a text: where the post-processor of a tokenizer.json
-      does, and for a SentencePiece model that has one. Documents begin with `bos` in any case.
+    adds_bos: whether BOS stands in front of a text unless one says otherwise, see above; never where the tokenizer has
+      none.
     own_size: how many ids there are without the tokens that were added to the tokenizer; None for all.
     special: the tokens that are no text: controls, BOS and EOS among them.
   """
@@ -86,12 +92,14 @@ class Source:
     added: (id, fields of a `tokenizers.AddedToken`) of declared tokens; the id is None where only a name is given.
     named: "bos" or "eos" -> what it is in the order of precedence; a str is its token, an int its id, None the
       tokenizer's own.
+    adds_bos: whether the files beside it put BOS in front of a text; None where they leave it to the tokenizer.
   """
 
   path: str
   content: bytes
   added: list[tuple[int | None, dict[str, Any]]]
   named: dict[str, list[str | int | None]]
+  adds_bos: bool | None = None
 
   @property
   def is_json(self) -> bool:
@@ -124,7 +132,7 @@ def read_tokenizer(name: str) -> Source:
     raise UserError(f"config.data.vocabulary {name!r} cannot be read ({e.strerror}): {HINT}.") from e
   folder = os.path.dirname(path)
   try:
-    return Source(path, content, _declared(folder, path), _named(folder, path))
+    return Source(path, content, _declared(folder, path), _named(folder, path), _adds_bos(folder, path))
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise UserError(
       f"A JSON file beside the vocabulary {path} is not laid out as transformers writes it ({e!r}): fetch it again."
@@ -185,14 +193,22 @@ def _declared(folder: str, path: str) -> list[tuple[int | None, dict[str, Any]]]
   return sorted(found.values(), key=lambda token: (token[0] is None, token[0] or 0, token[1]["content"]))
 
 
+def _adds_bos(folder: str, path: str) -> bool | None:
+  config = _json(folder, "tokenizer_config.json")
+  if path.endswith(".json"):
+    return DEAF.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
+  return config.get("add_bos_token") if isinstance(config.get("add_bos_token"), bool) else None
+
+
 def _named(folder: str, path: str) -> dict[str, list[str | int | None]]:
   ids = [_json(folder, file) for file in ("config.json", "generation_config.json") if path.endswith(".json")]
   tokens = [_json(folder, file) for file in ("tokenizer_config.json", "special_tokens_map.json")]
 
   def candidates(key):
     for value in (file.get(f"{key}_token") for file in tokens):
-      if value is not None:
-        yield value["content"] if isinstance(value, dict) else str(value)
+      token = value["content"] if isinstance(value, dict) else value
+      if token not in (None, ""):  # transformers takes an empty one for none
+        yield str(token)
     yield None
     for value in (file.get(f"{key}_token_id") for file in ids):
       value = value[0] if isinstance(value, list) and value else value
@@ -202,8 +218,10 @@ def _named(folder: str, path: str) -> dict[str, list[str | int | None]]:
   return {key: list(candidates(key)) for key in ("bos", "eos")}
 
 
-def _ends(source: Source, table: Mapping[str, int], own: Mapping[str, int | None]) -> tuple[int, int]:
-  """(BOS, EOS) of a tokenizer that itself names `own`."""
+def _ends(
+  source: Source, table: Mapping[str, int], own: Mapping[str, int | None], adds_bos: bool
+) -> tuple[int, int, bool]:
+  """(BOS, EOS, `Tokenizer.adds_bos`) of a tokenizer that itself names `own` and, left alone, `adds_bos`."""
   ids, known = {}, set(table.values())
   for key, candidates in source.named.items():
     for given in candidates:
@@ -218,7 +236,9 @@ def _ends(source: Source, table: Mapping[str, int], own: Mapping[str, int | None
   if ids["eos"] is None:
     hint = "name an eos_token in tokenizer_config.json beside it" + ("" if source.is_json else " or train it with one")
     raise UserError(f"The vocabulary {source.path} has no EOS to end documents with; {hint}.")
-  return ids["eos"] if ids["bos"] is None else ids["bos"], ids["eos"]
+  if ids["bos"] is None:
+    return ids["eos"], ids["eos"], False
+  return ids["bos"], ids["eos"], adds_bos if source.adds_bos is None else source.adds_bos
 
 
 def _hugging_face(source: Source) -> Tokenizer:
@@ -262,7 +282,7 @@ def _hugging_face(source: Source) -> Tokenizer:
   first, last = framed.special_tokens_mask[:1] == [1], framed.special_tokens_mask[1:][-1:] == [1]
   own = {"bos": framed.ids[0] if first else None, "eos": framed.ids[-1] if last else None}
   table = tokenizer.get_vocab()
-  bos, eos = _ends(source, table, own)
+  bos, eos, adds_bos = _ends(source, table, own, adds_bos=first)
   unk = getattr(tokenizer.model, "unk_token", None)  # Unigram has none to ask for
 
   def decode(ids):
@@ -273,7 +293,7 @@ def _hugging_face(source: Source) -> Tokenizer:
   added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
   own_size = 1 + max((number for token, number in table.items() if token not in added), default=-1)
   functions, ids = (encode, encode_all, spell, decode), (bos, eos, table.get(unk))
-  return Tokenizer(source.path, source.digest, *functions, table, *ids, first, own_size, frozenset(special))
+  return Tokenizer(source.path, source.digest, *functions, table, *ids, adds_bos, own_size, frozenset(special))
 
 
 def _sentencepiece(source: Source) -> Tokenizer:
@@ -298,7 +318,7 @@ def _sentencepiece(source: Source) -> Tokenizer:
     table[content] = special[content] = number
     patterns[content] = _pattern(**fields)
   own = {"bos": model.bos_id(), "eos": model.eos_id()}
-  bos, eos = _ends(source, table, {key: i if i >= 0 else None for key, i in own.items()})
+  bos, eos, adds_bos = _ends(source, table, {key: i if i >= 0 else None for key, i in own.items()}, adds_bos=True)
   # The longest of the tokens that match at a place, as in the tokenizers library.
   cut = re.compile("|".join(patterns[token] for token in sorted(special, key=len, reverse=True)))
   spelling = {i: "" if i in (bos, eos) else token for token, i in special.items()}
@@ -323,9 +343,9 @@ def _sentencepiece(source: Source) -> Tokenizer:
       parts.append("".join(spelling.get(i, "") for i in run) if alone else model.decode(run))
     return "".join(parts)
 
-  unk, begins = model.unk_id(), own["bos"] is not None
   functions = encode, encode_all, model.encode, decode
-  return Tokenizer(source.path, source.digest, *functions, table, bos, eos, unk, begins, size, frozenset(special))
+  unk = model.unk_id()
+  return Tokenizer(source.path, source.digest, *functions, table, bos, eos, unk, adds_bos, size, frozenset(special))
 
 
 def _pattern(content: str, single_word=False, lstrip=False, rstrip=False, **_unused) -> str:

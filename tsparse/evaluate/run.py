@@ -17,7 +17,7 @@ from tsparse.analysis.report import print_tables
 from tsparse.analysis.run import check_fits
 from tsparse.convert.model import Model, open_model
 from tsparse.data.embedded import check_embedded
-from tsparse.data.encoding import load_tokenizer
+from tsparse.data.encoding import first_token, load_tokenizer
 from tsparse.errors import UserError
 from tsparse.evaluate import interventions, report
 from tsparse.evaluate.interventions import LEVELS, Setting
@@ -41,7 +41,7 @@ def run(
   limit: int | None = None,
   batch_size: int | None = None,
   max_length: int | None = None,
-  bos: bool | None = None,
+  bos: str = "auto",
   samples: bool = False,
   console: Console | None = None,
 ) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run(
     limit: so many questions of each task, the first ones; None for all.
     batch_size: rows of a forward pass; None for 16, or the devices of the machine if they are more.
     max_length: tokens of the context; None for what the model is made for.
-    bos: begin contexts with BOS; None where transformers does.
+    bos: begin contexts with BOS, "on" or "off"; "auto" as the model was trained with, or its tokenizer does.
     samples: write each question and answer too.
     console: where progress and tables are printed.
 
@@ -91,7 +91,7 @@ def run(
 
   with console.status("reading the tasks"):
     loaded = load(tasks, data)
-  bos = tokenizer.adds_bos if bos is None else bos
+  bos = first_token(tokenizer, opened.bos if bos == "auto" else bos) is not None
   context = max_length or longest
   harness = Harness(
     lambda setting: models[setting.method],

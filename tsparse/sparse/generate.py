@@ -21,7 +21,7 @@ from tsparse.activations import activation
 from tsparse.convert.model import Model, open_model
 from tsparse.data.chat import END
 from tsparse.data.embedded import check_embedded, check_ids, without_token
-from tsparse.data.encoding import load_tokenizer
+from tsparse.data.encoding import first_token, load_tokenizer
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
@@ -60,6 +60,8 @@ class Decoder:
     predictors: those that were merged into it from a folder of their own.
     interventions: of each layer, `decode.by_layer`, which are computed by the kernels of reference.py; () for none.
     unused: bool [V], ids without a token, which are never chosen; None where there are none.
+    bos: whether texts begin with BOS, as `config.data.bos`: as the model was trained here, or "auto", as its tokenizer
+      does.
   """
 
   config: ModelConfig
@@ -71,6 +73,7 @@ class Decoder:
   predictors: stored.Predictors | None = None
   interventions: Sequence[Any] = ()
   unused: np.ndarray | None = None
+  bos: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Request:
     system: the system turn before them; "" is none.
     stop_tokens: names of tokens that end a text, as EOS does.
     stops: strings that end a text and are cut off.
+    bos: whether prompts begin with BOS, "on" or "off"; "auto" is as the decoder says.
   """
 
   new_tokens: int = 128
@@ -92,6 +96,7 @@ class Request:
   system: str = ""
   stop_tokens: Sequence[str] = ()
   stops: Sequence[str] = ()
+  bos: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Completion:
   finish: str
   tokens_per_second: float | None  # of the whole batch, see DEFINITIONS
   modes: tuple[str, ...]  # in which each layer was decoded
+  bos: bool  # whether BOS stood before the prompt
 
 
 def sparse_mode(config: ModelConfig, sparse: str) -> str:
@@ -205,7 +211,7 @@ def decoder_of(model: Model, sparse: str, dtype: str = "", predictors: stored.Pr
   place = reference.place if mode == "off" else KERNELS[kernels].place
   params = arrange(config, model.leaves()[0], dtype, place)
   unused = without_token(tokenizer, config.vocab_size)
-  return Decoder(config, params, mode, kernels, tokenizer, model.path, predictors, unused=unused)
+  return Decoder(config, params, mode, kernels, tokenizer, model.path, predictors, unused=unused, bos=model.bos)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -300,7 +306,8 @@ def complete(
     UserError: a prompt is empty, longer than the model's context or not of its tokens, or a stop token is unknown.
   """
   tokenizer, context = decoder.tokenizer, decoder.config.max_seq_len
-  ids = [encode_prompt(tokenizer, prompt, request.chat, request.system) for prompt in prompts]
+  bos = first_token(tokenizer, decoder.bos if request.bos == "auto" else request.bos)
+  ids = [encode_prompt(tokenizer, prompt, bos, request.chat, request.system) for prompt in prompts]
   for number, row in enumerate(ids):
     check_ids(tokenizer, decoder.config.vocab_size, row)
     if len(row) >= context:
@@ -334,7 +341,7 @@ def complete(
   for row, text in enumerate(texts):
     show(row, text.rest())
   return [
-    Completion(prompt, text.text, row, why or "length", speed, tuple(modes))
+    Completion(prompt, text.text, row, why or "length", speed, tuple(modes), bos is not None)
     for prompt, text, row, why in zip(prompts, texts, tokens, finish, strict=True)
   ]
 
@@ -346,6 +353,6 @@ def summary(decoder: Decoder, done: Sequence[Completion]) -> str:
   trained = decoder.predictors
   counts = [f"{mode} in {done[0].modes.count(mode)}" for mode in MODES if mode in done[0].modes]
   chosen = f" ({', '.join(counts)} of {decoder.config.num_layers} layers)" if decoder.mode == "auto" else ""
-  how = [f"--sparse={decoder.mode}{chosen}"]
+  how = ["BOS before the prompt" if done[0].bos else "no BOS", f"--sparse={decoder.mode}{chosen}"]
   how += [] if trained is None else [f"predictors of {trained.folder} at a recall of {trained.recall:.1%}"]
   return ", ".join([*filter(None, parts), *how, f"{decoder.kernels} kernels"])

@@ -11,8 +11,10 @@ from tsparse.errors import UserError
 HALF = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool = False, system: str = "") -> list[int]:
-  """BOS and the prompt; a chat of a tokenizer without a BOS of its own begins with its first turn.
+def encode_prompt(
+  tokenizer: Tokenizer, prompt: str, bos: int | None, chat: bool = False, system: str = ""
+) -> list[int]:
+  """Ids of a prompt, or of a chat up to its answer, after `bos` (`data.encoding.first_token`) where there is one.
 
   Raises:
     UserError: the prompt is empty, or a chat's spells what the vocabulary has no id for (`chat.prompt_ids`).
@@ -21,7 +23,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool = False, system:
     raise UserError("the prompt is empty: give some text to go on from.")
   turns = [("system", system)] * bool(system) + [("user", prompt)]
   ids = prompt_ids(tokenizer, turns) if chat else list(tokenizer.encode(prompt))
-  return ids if chat and tokenizer.bos == tokenizer.eos else [tokenizer.bos, *ids]
+  if not ids:
+    raise UserError(f"the prompt {prompt!r} has no token in the vocabulary {tokenizer.path}: give another.")
+  return ids if bos is None else [bos, *ids]
 
 
 def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: bool) -> set[int]:

@@ -70,6 +70,7 @@ def run(
   seed: int = 0,
   root: str = "",
   text_field: str = "text",
+  bos: str = "auto",
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Trains neuron predictors for a model, measures them beside an SVD's, and writes both findings and predictors.
@@ -90,6 +91,7 @@ def run(
     seed: of the order of the text and of the initial weights.
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
+    bos: whether documents begin with BOS, "on" or "off"; "auto" as the model was trained with, or its tokenizer does.
     console: where progress and tables are printed.
 
   Returns:
@@ -114,7 +116,7 @@ def run(
   check_fits(model, mesh)
   settings = DataSettings(
     train=data, validation=validation, vocabulary=model.vocabulary, eos=model.eos, root=root, text_field=text_field,
-    lanes=math.gcd(batch_size, 8), embedded=config.vocab_size,
+    bos=model.bos if bos == "auto" else bos, lanes=math.gcd(batch_size, 8), embedded=config.vocab_size,
   )  # fmt: skip
   sizes = {"seq_len": seq_len, "batch_size": batch_size}
   with console.status("reading the data"):
@@ -183,6 +185,7 @@ def run(
       "note": held_out.note,
       "leakage": leak and leak.facts(),
       "split": held_out.split,
+      "bos": held_out.bos,
       "target_recall": recall,
       "budget": budget,
       "bytes_per_weight": model.leaves()[0][stored.GATE].dtype.itemsize,

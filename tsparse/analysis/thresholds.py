@@ -211,7 +211,7 @@ def dropped_error(seen: Seen, keep: Callable[[Array], Array], settings: Array) -
   hidden, down = seen.hidden.astype(jnp.float32), seen.down.astype(jnp.float32)
 
   def length(hidden):  # [B, T, E, F] -> ||hidden down||, [B, T, E]
-    return jnp.linalg.norm(jnp.einsum("btef,efd->bted", hidden, down), axis=-1)
+    return jnp.linalg.norm(jnp.einsum("btef,efd->bted", hidden, down, precision="highest"), axis=-1)
 
   whole = length(hidden)
 

@@ -96,7 +96,7 @@ def moe_dense(
 ) -> tuple[Array, HiddenCounts]:
   """Every expert on every token, weighted by the router. Arguments and results are those of `moe`."""
   one_hot = jax.nn.one_hot(chosen, experts.gate.shape[0], dtype=jnp.float32)  # [B, T, k, E]
-  weights = constrain(jnp.einsum("btk,btke->bte", weights, one_hot), "BTE")
+  weights = constrain(jnp.einsum("btk,btke->bte", weights, one_hot, precision="highest"), "BTE")
   routed = one_hot.any(axis=2)  # [B, T, E]
   gate, up = jnp.einsum("btd,edf->btef", x, experts.gate), jnp.einsum("btd,edf->btef", x, experts.up)
   predicted = None
@@ -228,7 +228,7 @@ def _grouped(
   penalty = penalty_of(intervene)
   if penalty is not None:
     slot = penalty(hidden).astype(jnp.float32).sum(-1)  # [S]
-    found = jnp.einsum("se,s->e", member.astype(jnp.float32), slot)
+    found = jnp.einsum("se,s->e", member.astype(jnp.float32), slot, precision="highest")
     counts = counts.replace(penalty=jax.lax.psum(found, neurons) if neurons else found)
 
   out = deliver(grouped_matmul(hidden, experts.down, sizes)).reshape(x.shape)

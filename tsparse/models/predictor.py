@@ -1,5 +1,7 @@
 """Neuron predictors, those inside the released TurboSparse models and ours: which entries of the hidden to compute."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,10 +24,11 @@ def predict(x: Array, fc1: Array, fc2: Array, threshold: Array | None = None) ->
   Returns:
     [B, T, F], or [B, T, E, F], in the dtype of x.
   """
+  product = functools.partial(jnp.einsum, precision="highest")  # of float32, as decoding has it; the same in bfloat16
   if fc1.ndim == 2:
-    logits = jnp.einsum("btr,rf->btf", jax.nn.relu(jnp.einsum("btd,dr->btr", x, fc1)), fc2)
+    logits = product("btr,rf->btf", jax.nn.relu(product("btd,dr->btr", x, fc1)), fc2)
   else:
-    logits = jnp.einsum("bter,erf->btef", jax.nn.relu(jnp.einsum("btd,edr->bter", x, fc1)), fc2)
+    logits = product("bter,erf->btef", jax.nn.relu(product("btd,edr->bter", x, fc1)), fc2)
   return straight_through(logits, threshold)
 
 

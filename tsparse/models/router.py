@@ -31,9 +31,12 @@ class Jitter:
 
 
 def router_logits(x: Array, router: Array, jitter: Jitter | None = None) -> Array:
-  """[B, T, E] float32: x router, in float32, of x [B, T, D] (first disturbed if there is a jitter), router [D, E]."""
+  """[B, T, E] float32: x router, in float32, of x [B, T, D] (first disturbed if there is a jitter), router [D, E].
+
+  Float32 on TPUs too, whose default for float32 operands is a pass in bfloat16: which experts are chosen depends on it.
+  """
   x = x.astype(jnp.float32)
-  return jnp.einsum("btd,de->bte", x if jitter is None else jitter(x), router)
+  return jnp.einsum("btd,de->bte", x if jitter is None else jitter(x), router, precision="highest")
 
 
 def route(logits: Array, valid: Array, experts_per_token: int, renormalize: bool = True) -> tuple[Array, Array]:

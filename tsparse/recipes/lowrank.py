@@ -5,6 +5,7 @@ gradient of W those of A and B are G B^T and A^T G (the chain rule, exactly), th
 by  A' B' - A B.  So the model, its checkpoints and its analysis know of nothing; its moments are those of A and B.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,10 @@ import jax.numpy as jnp
 import optax
 
 Array = jax.Array
+
+
+# In float32 on TPUs too: W changes by the difference of two products, which differ by little.
+matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 class Factors(NamedTuple):
@@ -38,7 +43,7 @@ def low_rank(inner: optax.GradientTransformation, rank: int) -> optax.GradientTr
     return Factors(a, jnp.zeros((layers, rank, math.prod(rest))))
 
   def product(factors: Factors, w: Array) -> Array:
-    return (factors.a @ factors.b).reshape(w.shape)
+    return matmul(*factors).reshape(w.shape)
 
   is_factors = lambda x: isinstance(x, Factors)  # noqa: E731
 
@@ -52,7 +57,7 @@ def low_rank(inner: optax.GradientTransformation, rank: int) -> optax.GradientTr
 
     def of_factors(factors: Factors, g: Array) -> Factors:
       g = g.reshape(*g.shape[:2], -1)
-      return Factors(g @ factors.b.swapaxes(1, 2), factors.a.swapaxes(1, 2) @ g)
+      return Factors(matmul(g, factors.b.swapaxes(1, 2)), matmul(factors.a.swapaxes(1, 2), g))
 
     inner_gradients = jax.tree.map(of_factors, state.factors, gradients, is_leaf=is_factors)
     updates, inner_state = inner.update(inner_gradients, state.inner, state.factors)

@@ -86,7 +86,7 @@ def start(
       numbers = jnp.arange(ffn["gate"].shape[0])
       found, tokens = jax.lax.map(expert, (numbers, {name: ffn[name] for name in NAMES}))
       if "threshold" in found:
-        found["threshold"] = found["threshold"] @ (tokens / jnp.maximum(tokens.sum(), 1))
+        found["threshold"] = jnp.sum(found["threshold"] * (tokens / jnp.maximum(tokens.sum(), 1)))
     ffn |= found
     if "shared" in ffn:
       ffn |= {"shared": ffn["shared"] | changed(ffn["shared"], seen.x, valid)}
@@ -122,7 +122,7 @@ def _one(
     found["threshold"] = threshold(jnp.abs(hidden), reached, zeros)
     hidden = jump(hidden, found["threshold"])
   if "refit" in steps:
-    y = activation(old.config.activation)(g, u) @ down
+    y = jnp.einsum("btf,fd->btd", activation(old.config.activation)(g, u), down, precision="highest")
     down = refitted(hidden, y, down)
   return found | {"gate": gate, "up": up, "down": down}
 
@@ -150,8 +150,9 @@ def threshold(size: Array, reached: Array, zeros: float) -> Array:
 
 
 def refitted(hidden: Array, y: Array, down: Array) -> Array:
-  """down' [F, D] of hidden [B, T, F] and y [B, T, D]; `down` as it was where no token reaches the FFN."""
-  moments = jnp.einsum("btf,btg->fg", hidden, hidden)
+  """down' [F, D] of hidden [B, T, F] and y [B, T, D]; `down` as it was where no token reaches the FFN. In float32."""
+  moments = jnp.einsum("btf,btg->fg", hidden, hidden, precision="highest")
+  with_y = jnp.einsum("btf,btd->fd", hidden, y, precision="highest")
   mean = jnp.trace(moments) / len(moments)
-  solved = jnp.linalg.solve(moments + RIDGE * mean * jnp.eye(len(moments)), jnp.einsum("btf,btd->fd", hidden, y))
+  solved = jnp.linalg.solve(moments + RIDGE * mean * jnp.eye(len(moments)), with_y)
   return jnp.where(mean > 0, solved, down)

@@ -105,9 +105,13 @@ def initial(key: Array, config: ModelConfig, ranks: Sequence[int], rms: np.ndarr
 
 
 def logits_of(x: Array, fc1: Array, fc2: Array) -> Array:
-  """x [B, T, D], fc1 [D, R], fc2 [R, F], or [E, D, R] and [E, R, F] -> [B, T, E, F], E = 1 where there is none."""
+  """x [B, T, D], fc1 [D, R], fc2 [R, F], or [E, D, R] and [E, R, F] -> [B, T, E, F], E = 1 where there is none.
+
+  In float32 on TPUs too, as decoding computes them, which compares them with the thresholds that are chosen here.
+  """
   fc1, fc2 = (w.reshape(-1, *w.shape[-2:]) for w in (fc1, fc2))
-  return jnp.einsum("bter,erf->btef", jax.nn.relu(jnp.einsum("btd,edr->bter", x, fc1)), fc2)
+  inner = jax.nn.relu(jnp.einsum("btd,edr->bter", x, fc1, precision="highest"))
+  return jnp.einsum("bter,erf->btef", inner, fc2, precision="highest")
 
 
 def weighted_loss(logits: Array, fired: Array, reached: Array, negative: Array) -> Array:

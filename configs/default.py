@@ -11,7 +11,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   model = dataclasses.asdict(PRESETS[preset])
   config = ConfigDict()
   config.name = name  # names the default workdir, runs/NAME
-  config.seed = 0  # of the initial parameters and of the order of the data
+  config.seed = 0  # of the initial parameters (factors of lora too) and of the order of the data
   config.init = ""  # a workdir to start from (its activation is swapped to ours), or "" for random parameters
   config.activation = model.pop("activation")  # a name of tsparse/activations.py: swiglu, relu, drelu, fatrelu:0.01 ...
   config.wandb = ""  # a project of Weights & Biases that gets the metrics too (pip install -r requirements-wandb.txt)

@@ -23,6 +23,7 @@ from tsparse.models.config import ffn_layers, model_config
 from tsparse.models.loss import cross_entropy
 from tsparse.models.transformer import Transformer, ffn_passes, init_parameters
 from tsparse.recipes import guards, start, thresholds, trained
+from tsparse.recipes.lowrank import Factors
 from tsparse.recipes.recipe import plain, recipe_of
 from tsparse.recipes.teacher import teacher_of
 from tsparse.train import loop
@@ -198,6 +199,21 @@ def test_what_the_rules_freeze_stays_and_is_shared_with_the_teacher():
   )
   updates, _ = whole.update(jax.tree.map(jnp.ones_like, before), whole.init(before), before)
   assert (updates["final_norm"] == -0.25).all() and (updates["embed"] == -1).all()
+
+
+def test_the_factors_of_lora_are_drawn_by_the_seed_of_the_config():
+  drawn = []
+  for seed in (0, 0, 1):
+    config = small(train={"rules": "layers/attention/query=lora:2; .*=1"})
+    config.seed = seed
+    run = prepare(config, one_device())
+    state = run.tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape), run.target.params))
+    drawn += [x.a for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Factors)) if isinstance(x, Factors)][
+      :1
+    ]
+  np.testing.assert_array_equal(*drawn[:2])
+  assert np.abs(np.corrcoef(*(np.ravel(x) for x in drawn[1:]))[0, 1]) < 0.5
+  assert np.std(drawn[2]) == pytest.approx(16**-0.5, rel=0.2)
 
 
 def test_turning_and_scaling_neurons_change_nothing_of_swiglu_and_refitting_helps_drelu():

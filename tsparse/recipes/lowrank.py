@@ -34,12 +34,12 @@ class LowRankState(NamedTuple):
   inner: Any
 
 
-def low_rank(inner: optax.GradientTransformation, rank: int) -> optax.GradientTransformation:
-  """`inner` on factors of rank `rank` of parameters [L, m, ...]."""
+def low_rank(inner: optax.GradientTransformation, rank: int, seed: int = 0) -> optax.GradientTransformation:
+  """`inner` on factors of rank `rank` of parameters [L, m, ...]; A is drawn by the seed."""
 
   def start(number: int, w: Array) -> Factors:
     layers, m, *rest = w.shape
-    a = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (layers, m, rank)) * m**-0.5
+    a = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), (layers, m, rank)) * m**-0.5
     return Factors(a, jnp.zeros((layers, rank, math.prod(rest))))
 
   def product(factors: Factors, w: Array) -> Array:

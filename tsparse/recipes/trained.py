@@ -63,11 +63,12 @@ def frozen(found: Any) -> Any:
 
 
 def only_trained(
-  clip: optax.GradientTransformation, inner: optax.GradientTransformation, found: Any
+  clip: optax.GradientTransformation, inner: optax.GradientTransformation, found: Any, seed: int = 0
 ) -> optax.GradientTransformation:
   """`clip`, then `inner`, on the parameters that are trained, and the updates times the multipliers of `found`.
 
-  The norm that is clipped is that of the gradients of trained parameters (of lora those of the whole matrices).
+  The norm that is clipped is that of the gradients of trained parameters (of lora those of the whole matrices, whose
+  first factors are drawn by the seed).
   """
   if all(action == 1.0 and isinstance(action, float) for action in jax.tree.leaves(found)):
     return optax.chain(clip, inner)
@@ -76,7 +77,7 @@ def only_trained(
   parts = [optax.masked(optax.set_to_zero(), frozen(found)), clip, optax.masked(inner, whole)]
   for rank in sorted(ranks):
     of_rank = jax.tree.map(lambda action, rank=rank: isinstance(action, int) and action == rank, found)
-    parts.append(optax.masked(low_rank(inner, rank), of_rank))
+    parts.append(optax.masked(low_rank(inner, rank, seed), of_rank))
   scale = optax.stateless(
     lambda updates, _: jax.tree.map(lambda u, a: u * a if isinstance(a, float) else u, updates, found)
   )

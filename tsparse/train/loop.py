@@ -102,7 +102,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher:
   recipe = recipe_of(config)
   shapes, logical = abstract_parameters(model)
   shardings = sharding.shardings(mesh, logical)
-  tx = make_optimizer(config.train, shapes, moved=thresholds.PATHS if recipe.zeros else "")
+  tx = make_optimizer(config.train, shapes, moved=thresholds.PATHS if recipe.zeros else "", seed=config.seed)
   replicated = NamedSharding(mesh, P())
   target = TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),

@@ -40,15 +40,18 @@ def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
   )
 
 
-def make_optimizer(train: ml_collections.ConfigDict, params: Any, moved: str = "") -> optax.GradientTransformation:
+def make_optimizer(
+  train: ml_collections.ConfigDict, params: Any, moved: str = "", seed: int = 0
+) -> optax.GradientTransformation:
   """The optimizer of `config.train` for parameters of the structure of `params` (arrays or shapes).
 
-  It leaves those alone whose paths the regex `moved` matches: something else moves them.
+  It leaves those alone whose paths the regex `moved` matches: something else moves them. The seed is that of factors of
+  lora.
   """
   rules = trained.parse(train.rules)
   found = trained.actions(((moved, 0.0), *rules) if moved else rules, params)
   return thresholds.floored(
-    trained.only_trained(clipped(train.clip_norm), OPTIMIZERS[train.optimizer](train), found), found
+    trained.only_trained(clipped(train.clip_norm), OPTIMIZERS[train.optimizer](train), found, seed), found
   )
 
 

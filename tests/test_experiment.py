@@ -151,6 +151,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("analysis.levels", ("half",), "0 <= level < 1"),
     ("model.remat", "some", "choose one of none, dots, full"),
     ("model.vocab_size", 256, "has 259 ids"),
+    ("model.attention_impl", "triton", "attention_impl triton is for GPUs"),
+    ("model.attention_impl", "flash", "attention_impl 'flash' is unknown"),
     ("model.d_ff", 10**9, "does not fit"),
     ("mesh", {"data": 3, "fsdp": 1, "tensor": 1, "expert": 1}, "covers 3 devices"),
     ("init", "/nowhere", "holds no model"),

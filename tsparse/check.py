@@ -10,6 +10,7 @@ from tsparse import sharding
 from tsparse.convert.model import Model, open_model
 from tsparse.data import check_data, data_settings, load_tokenizer, rows_per_lane, same_tokenizer
 from tsparse.errors import UserError
+from tsparse.models.attention import has_kernel, make_rule
 from tsparse.models.config import ModelConfig, model_config
 from tsparse.models.moe import ONLY_ON
 from tsparse.models.transformer import remat_policy
@@ -29,7 +30,7 @@ POSITIVE = (
 OF_ROUTERS = (*ROUTER_LOSSES, "router_jitter")
 NOT_NEGATIVE = ("keep_every", "final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
-FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl")
+FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl", "attention_impl")
 
 
 def check_sections(config: ml_collections.ConfigDict):
@@ -89,6 +90,7 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
   model = model_config(config)
   remat_policy(model.remat)
   check_experts(model, settings, platform)
+  check_attention(model, settings.seq_len, platform)
   if settings.seq_len > model.max_seq_len:
     raise UserError(
       f"config.train.seq_len is {settings.seq_len} and the model is made for at most {model.max_seq_len} tokens: lower "
@@ -179,6 +181,18 @@ def check_experts(model: ModelConfig, settings: ml_collections.ConfigDict, platf
     raise UserError(f"{', '.join(of_routers)}: the model has no experts, hence no routers; leave it at 0.")
   if settings.router_jitter >= 1:
     raise UserError(f"config.train.router_jitter is {settings.router_jitter}; it must be below 1.")
+
+
+def check_attention(model: ModelConfig, seq_len: int, platform: str):
+  """Raises UserError for a kernel of attention that the platform lacks for such a model."""
+  if model.attention_impl == "auto":
+    return
+  rules = {make_rule(seq_len, model.head_dim, window, 0, model.attention_softcap, "triton") for window in model.windows}
+  if platform != "cuda" or not all(has_kernel(platform, rule, model.dtype) for rule in rules):
+    raise UserError(
+      "config.model.attention_impl triton is for GPUs, bfloat16, no softcap and no window shorter than the row, and "
+      f"this is a {platform} and a model in {model.dtype}: leave it at auto."
+    )
 
 
 def check_init(init: Model, config: ml_collections.ConfigDict, model: ModelConfig, field: str = "init"):

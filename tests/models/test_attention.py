@@ -168,10 +168,12 @@ def test_on_8_devices_each_computes_its_rows_and_heads():
     (1, jnp.bfloat16, 0, {"tpu": 0, "cuda": 0, "cpu": 0}),  # one row on two devices
   ],
 )
-def test_each_platform_gets_its_lowering(rows, dtype, window, expected):
-  """Tracing and lowering for an accelerator need none, nor its libraries."""
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_each_platform_gets_its_lowering(rows, dtype, window, expected, impl):
+  """Tracing and lowering for an accelerator need none, nor its libraries. On GPUs the kernel is used by name only."""
+  expected = expected | ({"cuda": 0} if impl == "auto" else {})
   *args, _ = operands(256, 4, 2, 64, rows=rows, dtype=dtype)
-  gradient = jax.jit(jax.grad(lambda *a: attention(*a, window).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+  gradient = jax.jit(jax.grad(lambda *a: attention(*a, window, impl=impl).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
   mesh = sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:2])
   with jax.set_mesh(mesh):
     traced = gradient.trace(*args)

@@ -22,7 +22,18 @@ from tsparse.models.config import PRESETS
 from tsparse.models.transformer import Transformer, init_parameters
 from tsparse.progress import Compiling
 from tsparse.sparse.break_even import choose_mode
-from tsparse.sparse.generate import GREEDY, PIECE, Decoder, Request, complete, load, sparse_mode, stream, summary
+from tsparse.sparse.generate import (
+  GREEDY,
+  PIECE,
+  Decoder,
+  Request,
+  choose_modes,
+  complete,
+  load,
+  sparse_mode,
+  stream,
+  summary,
+)
 from tsparse.sparse.kernels.table import best_kernels
 from tsparse.sparse.layout import arrange, leaves_of
 from tsparse.sparse.sample import Sampling, choose, filtered
@@ -238,6 +249,12 @@ def test_auto_skips_in_the_layers_that_have_zeros_enough(tiny, monkeypatch):
   assert [one[0].modes for one in done] == [skips, ("off", "off")]
   assert decoder.kernels != "native" or "--sparse=auto (off in 1, exact in 1 of 2 layers)" in summary(decoder, done[0])
   assert {one.text for rows in done for one in rows} == {done[0][0].text}
+
+
+def test_auto_skips_only_where_that_was_measured(tiny):
+  config = dataclasses.replace(tiny.config, num_experts=0, experts_per_token=0, activation="drelu")
+  found = {name: choose_modes(config, name, [0.9, 0.0], 1) for name in ("native", "gpu", "tpu", "reference")}
+  assert found.pop("native") == ("exact", "off") and set(found.values()) == {("off", "off")}
 
 
 def test_a_terminal_says_that_it_compiles_until_text_comes():

@@ -353,7 +353,7 @@ MODELING = Path(__file__).with_name("modeling_tsparse.py")
 # Fields of ours that every exported config.json carries, or that say nothing of the architecture.
 FREE = {
   *FIELDS, "rope_theta", "rope_scaling", "activation", "dtype", "remat", "moe_impl", "predictor_ranks",
-  "predictor_input", "hidden_thresholds",
+  "predictor_input", "hidden_thresholds", "attention_impl",
 }  # fmt: skip
 
 

@@ -7,10 +7,10 @@ The lowering is chosen by the platform compiled for, which need not be the one a
 
     tpu       splash attention, the Pallas kernel that comes with JAX: blocks of scores live in VMEM only, those above
               the diagonal or out of the window are skipped, and the backward pass computes them again
-    cuda      the Pallas (Triton) flash kernel that comes with JAX, for 16-bit models without softcap and with no window
-              shorter than the row. Chosen by reading, never measured: cuDNN's, which jax.nn.dot_product_attention
-              reaches, is said to be faster, but takes segments only as a mask [B, 1, T, T] and cannot even be traced,
-              let alone tested, where cuDNN is not installed
+    cuda      as others, and by `config.model.attention_impl` "triton" the Pallas flash kernel that comes with JAX, for
+              16-bit models without softcap and with no window shorter than the row: it has never run on a GPU. cuDNN's,
+              which jax.nn.dot_product_attention reaches, is said to be faster, but takes segments only as a mask
+              [B, 1, T, T] and cannot even be traced, let alone tested, where cuDNN is not installed
     cpu       blocks of queries, each against the keys that it may see at all: half of the scores, less with a window;
               by native/attention.cc for float32 models without softcap where there is a C++ compiler, else by XLA
     others    the scores [B, N, T, T], by XLA: the oracle, and the fallback of the first two
@@ -38,6 +38,7 @@ Array = jax.Array
 TPU_BLOCK = 512  # queries and keys of a block of splash attention, forward and backward; 128 is the least
 CUDA_BLOCK = 128  # of the Triton kernel, forward, which is the default there
 CPU_BLOCK, CPU_BLOCKS = 32, 4  # queries of a block at least, and blocks at most: products of few rows are slow
+IMPLEMENTATIONS = ("auto", "triton")  # of config.model.attention_impl: what was measured, or Triton's kernel on GPUs
 
 
 class Rule(NamedTuple):
@@ -46,6 +47,7 @@ class Rule(NamedTuple):
   window: int  # 0 where it would hide nothing
   scale: float  # of the scores
   cap: float  # of the scaled scores, 0 for none
+  impl: str = "auto"  # one of IMPLEMENTATIONS
 
 
 def attention(
@@ -56,6 +58,7 @@ def attention(
   window: int = 0,
   scalar: int = 0,
   cap: float = 0.0,
+  impl: str = "auto",
 ) -> Array:
   """softmax(softcap(q k^T / sqrt(scalar))) v over what each query may see; scores and softmax in float32.
 
@@ -69,16 +72,18 @@ def attention(
     window: a query sees itself and the window - 1 positions before it; 0 means all before it.
     scalar: 0 means H.
     cap: scores become cap tanh(scores / cap); 0 means they stay.
+    impl: one of IMPLEMENTATIONS.
 
   Returns:
     [B, T, N, H] in the dtype of `query`.
   """
-  return _attention(make_rule(query.shape[1], query.shape[-1], window, scalar, cap), query, key, value, segment_ids)
+  rule = make_rule(query.shape[1], query.shape[-1], window, scalar, cap, impl)
+  return _attention(rule, query, key, value, segment_ids)
 
 
-def make_rule(time: int, head_dim: int, window: int, scalar: int, cap: float) -> Rule:
+def make_rule(time: int, head_dim: int, window: int, scalar: int, cap: float, impl: str = "auto") -> Rule:
   """The rule for rows of `time` tokens. Arguments are those of `attention`."""
-  return Rule(window if window < time else 0, (scalar or head_dim) ** -0.5, cap)
+  return Rule(window if window < time else 0, (scalar or head_dim) ** -0.5, cap, impl)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,9 +133,9 @@ def _by_platform(rule: Rule, make: Callable, query: Array, key: Array, *others: 
 
 def has_kernel(platform: str, rule: Rule, dtype: Any) -> bool:
   """Whether `platform` (tpu, cuda, cpu) has a kernel that holds no scores; `dtype` is that of the queries."""
-  return platform == "tpu" or (
-    platform == "cuda" and not rule.window and not rule.cap and jnp.dtype(dtype).itemsize == 2
-  )
+  if platform == "cuda":
+    return rule.impl == "triton" and not rule.window and not rule.cap and jnp.dtype(dtype).itemsize == 2
+  return platform == "tpu"
 
 
 def _splits(query: Array, key: Array) -> bool:

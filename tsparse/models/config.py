@@ -11,6 +11,7 @@ from typing import Any
 
 from tsparse.activations import activation
 from tsparse.errors import UserError
+from tsparse.models.attention import IMPLEMENTATIONS as ATTENTION
 from tsparse.models.moe import IMPLEMENTATIONS
 from tsparse.models.rope import parse_scaling
 
@@ -58,6 +59,7 @@ class ModelConfig:
   scale_embeddings: bool = False  # embeddings times sqrt(D), which is rounded to dtype (Gemma)
   router_renormalize: bool = True  # weights of the chosen experts sum to 1 (Mixtral); if not, softmax over all (OLMoE)
   moe_impl: str = "ragged"  # how experts are computed: a key of moe.IMPLEMENTATIONS, over the same parameters
+  attention_impl: str = "auto"  # or triton: a kernel for GPUs that was never measured (models/attention.py)
   dtype: str = "bfloat16"  # compute; parameters are float32
   remat: str = "none"  # what is recomputed in the backward pass: a key of transformer.REMAT
   activation: str = "swiglu"  # a name of tsparse.activations
@@ -92,6 +94,10 @@ class ModelConfig:
     require(fits, f"experts_per_token {chosen} does not fit num_experts {experts}")
     known = ", ".join(IMPLEMENTATIONS)
     require(self.moe_impl in IMPLEMENTATIONS, f"moe_impl {self.moe_impl!r} is unknown, choose one of {known}")
+    ways = ", ".join(ATTENTION)
+    require(
+      self.attention_impl in ATTENTION, f"attention_impl {self.attention_impl!r} is unknown, choose one of {ways}"
+    )
     shared, first, ranks = self.num_shared_experts, self.dense_layers, self.predictor_ranks
     require(shared >= 0 and (experts or not shared), f"num_shared_experts is {shared} and the model has no experts")
     require(not shared or self.shared_d_ff > 0, f"shared_d_ff is {self.shared_d_ff}, it must be positive")

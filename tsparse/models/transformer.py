@@ -107,7 +107,9 @@ class Attention(nn.Module):
     query = constrain(rope.rotate(query, cos, sin), "BTNH")
     key = constrain(rope.rotate(key, cos, sin), "BTKH")
     by_window = [
-      functools.partial(attention, window=window, scalar=config.query_scalar, cap=config.attention_softcap)
+      functools.partial(
+        attention, window=window, scalar=config.query_scalar, cap=config.attention_softcap, impl=config.attention_impl
+      )
       for window in sorted(set(config.windows))
     ]
     args = query, key, value, segment_ids

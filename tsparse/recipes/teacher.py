@@ -49,7 +49,8 @@ def teacher_of(
     is_start: the student starts from this very model, so that what the rules freeze stays the same in both,
     made_ready: but for its FFNs, which are changed before the first step (recipes/start.py).
   """
-  model = dataclasses.replace(config, dtype=like.dtype, remat=like.remat, moe_impl=like.moe_impl)
+  own = {name: getattr(like, name) for name in ("dtype", "remat", "moe_impl", "attention_impl")}
+  model = dataclasses.replace(config, **own)
   shared = trained.frozen(trained.actions(trained.parse(rules), shapes)) if is_start and rules else None
   if shared and made_ready:
     shared = jax.tree_util.tree_map_with_path(lambda path, s: s and "/ffn/" not in path_name(path), shared)

@@ -3,12 +3,13 @@
 RATIO[mode][zeros][batch] was printed by benchmarks/break_even.py: one dReLU FFN of Mistral's shape (D 4096, F 14336) in
 bfloat16 by the native kernels, `batch` tokens whose zeros are independent of each other's, medians of 30 runs
 on 2 idle CPU cores with AVX-512. It is above 1 where one of 8 tokens wants nearly every row, and asking each costs more
-than it saves. Where the FFN fits the caches skipping pays later (from 90 % zeros in the tiny preset), and nothing was
-measured on TPUs and GPUs: the table serves there for want of another.
+than it saves. Where the FFN fits the caches skipping pays later (from 90 % zeros in the tiny preset). Of the kernels
+for TPUs and GPUs nothing was measured, and `auto` is "off" there.
 """
 
 from collections.abc import Sequence
 
+MEASURED = ("native",)  # keys of kernels.table.KERNELS
 RATIO = {
   "exact": {
     0.00: {1: 1.02, 2: 1.01, 4: 1.00, 8: 1.00},

@@ -25,7 +25,7 @@ from tsparse.data.encoding import first_token, load_tokenizer
 from tsparse.data.tokenizer import Tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
-from tsparse.sparse.break_even import choose_mode
+from tsparse.sparse.break_even import MEASURED, choose_mode
 from tsparse.sparse.decode import empty_cache, hidden_entries, hidden_states, logits_of
 from tsparse.sparse.kernels import reference
 from tsparse.sparse.kernels.reference import MODES
@@ -151,7 +151,7 @@ def candidates(config: ModelConfig) -> list[str]:
 
 def choose_modes(config: ModelConfig, kernels: str, zeros: Sequence[float], batch: int) -> tuple[str, ...]:
   """The mode of each layer, from the share of its hidden that was zero and the number of rows that are decoded."""
-  if KERNELS[kernels] is reference:  # it reads all rows whatever the mode
+  if kernels not in MEASURED:  # or, as those of reference.py, read all rows whatever the mode
     return ("off",) * config.num_layers
   shared = [1.0] * config.dense_layers  # of the tokens, that meet a neuron's expert
   routed = config.experts_per_token / config.num_experts if config.num_experts else 1.0

@@ -42,7 +42,9 @@ def activation_bytes(
   else:
     rooms = 1
   projections = (4 * s["D"] + 2 * s["H"] * (s["N"] + s["K"]) // tensor) * width
-  rules = {make_rule(seq_len, s["H"], window, 0, model.attention_softcap) for window in model.windows}
+  rules = {
+    make_rule(seq_len, s["H"], window, 0, model.attention_softcap, model.attention_impl) for window in model.windows
+  }
   held = all(has_kernel(platform, rule, model.dtype) for rule in rules)
   # float32 scores and the weights that meet the values, or the log-sum of a kernel, a register's row for each
   scores = s["N"] // tensor * (4 * 128 if held else seq_len * (4 + width))

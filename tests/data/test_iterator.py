@@ -301,7 +301,8 @@ def test_pieces_without_tokens_keep_documents_apart(eos, texts, letters, tmp_pat
     stream.restore(json.loads(json.dumps(stream.state())))
   assert sorted(documents) == sorted(2 * expected)
 
-  found = evaluation_batches(settings("", path, letters, eos), seq_len=8, batch_size=2, max_tokens=10**6)
+  data = settings("", path, letters, eos, bos="on")
+  found = evaluation_batches(data, seq_len=8, batch_size=2, max_tokens=10**6)
   ids, real = np.stack(found.document_ids), np.stack([batch["segment_ids"] for batch in found.batches]) > 0
   targets = np.stack([batch["targets"] for batch in found.batches])
   assert sorted(targets[ids == i].tolist() for i in range(found.documents)) == expected

@@ -397,7 +397,7 @@ def _evaluation_set(
   batches = Spool(batches.keys[:-1], batches.arrays[:, :-1])
   return EvaluationSet(
     batches, ids, packer.documents, tokens, split, first.complete, data.vocabulary, data.eos, bos is not None,
-    first.cut, max_tokens, first.taken,
+    cut=first.cut, limit=max_tokens, taken=first.taken,
   )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.data.skip_bad = 0  # so many malformed lines are left out and counted; one more is an error
   config.data.cache = ""  # folder for what is unpacked and indexed, or "" for $TSPARSE_CACHE or ~/.cache/tsparse
   config.data.cached = ""  # folder that seqio_cache_tasks wrote: its tokens are trained on (docs/data.md), or ""
-  config.data.lanes = 8  # independent readers of a batch, which they divide: no more hosts than lanes read their own
+  # independent readers of a batch, or the largest number below that divides it: no more hosts than lanes read their own
+  config.data.lanes = 8
   config.data.vocabulary = "bytes"  # or a SentencePiece .model, a tokenizer.json, or a folder with one
   config.data.bos = "auto"  # on or off: documents begin with its BOS; auto: as the model started from, or the tokenizer
   config.data.eos = True  # documents end with its end-of-text token, to be predicted like the others
@@ -45,7 +46,7 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.train.optimizer = "adamw"  # or muon, for the matrices of the layers (tsparse/train/optimizer.py)
   config.train.learning_rate = 1e-3  # peak; linear warm-up, then cosine
   config.train.final_learning_rate_fraction = 0.1  # of the peak, at the last step
-  config.train.warmup_steps = 50
+  config.train.warmup_steps = 50  # or, of fewer steps, all but the last
   config.train.b1 = 0.9
   config.train.b2 = 0.95
   config.train.weight_decay = 0.01  # not on norm scales

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from configs import repeat, tiny_moe_drelu, tiny_relufy
-from tsparse import experiment, files
+from tsparse import experiment, files, sharding
 from tsparse import workdir as workdirs
-from tsparse.check import check
+from tsparse.check import check, check_step
 from tsparse.convert.model import open_model
 from tsparse.errors import RunFailure, UserError
-from tsparse.train.loop import data_seed
+from tsparse.train.loop import adapted, data_seed
 
 WORDS = ["the cat", "a dog", "sat on", "ran to", "the mat", "his house", "and slept", "then ate"]
 
@@ -142,9 +142,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("train.final_learning_rate_fraction", 2.0, "would rise"),
     ("seed", 2**40, "below 2"),
     ("model.rope_theta", -1.0, "rope_theta"),
-    ("base.train.steps", 2, "config.base: config.train.warmup_steps is 2"),
+    ("base.train.steps", 0, "config.base: config.train.steps is 0"),
     ("train.b1", 1.0, "config.train.b1"),
-    ("train.warmup_steps", 12, "warmup_steps is 12"),
+    ("train.warmup_steps", -1, "warmup_steps is -1"),
     ("train.microbatches", 3, "multiple of config.train.microbatches"),
     ("train.batch_size", 12, "axis B has length 12"),
     ("analysis.levels", (0.5, 1.0), "0 <= level < 1"),
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(text
     ("data.train", "stdlb", "did you mean 'stdlib'"),
     ("data.train", "turbosparse_150b", "15 of 15 sources are missing"),
     ("data.mixture", "stdlib:1,gsm8k:-1", "has negative weights"),
-    ("data.lanes", 3, "8 rows cannot be made by 3 lanes"),
+    ("data.lanes", 0, "config.data.lanes is 0"),
     ("data.skip_bad", -1, "config.data.skip_bad is -1"),
     ("data.vocabulary", "no.model", "no.model"),
   ],
@@ -172,6 +172,21 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(field, value, 
   with pytest.raises(UserError, match=sentence):
     experiment.run(config, tmp_path / "run", quiet())
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(1, 1), (2, 3), (20, 2)])
+def test_few_steps_and_small_batches_take_less_than_the_defaults_and_say_so(steps, rows, text):
+  config = small(text)
+  config.train.update({"steps": steps, "batch_size": rows, "warmup_steps": 50})
+  config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1})
+  one = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  check_step(config, one, "cpu")
+  assert adapted(config) == (
+    f"train.warmup_steps=50 do not fit in train.steps={steps}: {steps - 1} are taken, "
+    f"data.lanes=8 do not divide train.batch_size={rows}: {rows} are taken"
+  )
+  assert (config.train.warmup_steps, config.data.lanes) == (50, 8)  # the record is what was asked for
+  assert adapted(small(text)) == ""
 
 
 def test_a_vocabulary_smaller_than_the_models_is_fine(text):

@@ -66,7 +66,7 @@ def test_phases_come_in_the_order_that_is_given():
     ("sft", {"tokens": 255}, "sft.tokens is 255, which is no whole step of 8 x 32 tokens: set it to 256 or more"),
     ("sft", {"data": {"vocabulary": "bytes"}}, "all phases of a model have the vocabulary"),
     ("sft", {"data": {"train": "nothing.jsonl"}}, "config.phases.sft: Cannot read nothing.jsonl"),
-    ("sft", {"train": {"steps": 2}}, "config.phases.sft: config.train.warmup_steps is 2"),
+    ("sft", {"train": {"steps": 0}}, "config.phases.sft: config.train.steps is 0"),
     ("sft", {"train": {"seq_len": 513}}, "config.phases.sft: config.train.seq_len is 513"),
   ],
 )

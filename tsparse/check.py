@@ -8,7 +8,7 @@ import ml_collections
 
 from tsparse import sharding
 from tsparse.convert.model import Model, open_model
-from tsparse.data import check_data, data_settings, load_tokenizer, rows_per_lane, same_tokenizer
+from tsparse.data import check_data, data_settings, lanes_of, load_tokenizer, same_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.attention import has_kernel, make_rule
 from tsparse.models.config import ModelConfig, model_config
@@ -28,7 +28,9 @@ POSITIVE = (
   "keep_checkpoints", "eval_every", "eval_batches",
 )  # fmt: skip
 OF_ROUTERS = (*ROUTER_LOSSES, "router_jitter")
-NOT_NEGATIVE = ("keep_every", "final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS)
+NOT_NEGATIVE = (
+  "keep_every", "warmup_steps", "final_learning_rate_fraction", "weight_decay", "z_loss", *OF_ROUTERS,
+)  # fmt: skip
 # Fields of a model that may differ between a checkpoint and the experiment that starts from it.
 FREE_FIELDS = ("activation", "dtype", "remat", "max_seq_len", "moe_impl", "attention_impl")
 
@@ -55,7 +57,9 @@ def check(config: ml_collections.ConfigDict):
   if "control" in config and config.control.get("workdir", ""):
     check_init(open_model(Path(config.control.workdir)), config, model_config(config), "control.workdir")
   check_recipe(config)
-  check_data(config.data, config.model.vocab_size)
+  data = data_settings(config.data)
+  data = dataclasses.replace(data, lanes=lanes_of(config.train.batch_size, data.lanes))
+  check_data(data, config.model.vocab_size)
   check_installed(config.get("wandb", ""))
 
 
@@ -79,10 +83,6 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
     raise UserError(f"config.seed is {config.seed}; it must be at least 0 and below 2^31.")
   if not (0 <= settings.b1 < 1 and 0 <= settings.b2 < 1):
     raise UserError(f"config.train.b1 and b2 are {settings.b1} and {settings.b2}; each must be at least 0 and below 1.")
-  if not 0 <= settings.warmup_steps < settings.steps:
-    raise UserError(
-      f"config.train.warmup_steps is {settings.warmup_steps}; it must be at least 0 and below steps, {settings.steps}."
-    )
   if not all(isinstance(level, (int, float)) and 0 <= level < 1 for level in config.analysis.levels):
     raise UserError(f"config.analysis.levels is {config.analysis.levels}: a level is a share of zeros, 0 <= level < 1.")
   if config.analysis.tokens <= 0 or config.analysis.batch_size <= 0:
@@ -112,7 +112,6 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
   for width in filter(None, widths):
     sharding.check_divisible(mesh, {"B": rows, **model.sizes, "F": width})
   sharding.check_divisible(mesh, {"B": config.analysis.batch_size})
-  rows_per_lane(settings.batch_size, data_settings(config.data).lanes)
 
   rows_per_device = rows // sharding.shard_count(mesh, "B")
   path = settings.distill_teacher

@@ -113,9 +113,13 @@ def test_hosts_make_the_rows_of_one_and_go_on_with_each_others_positions(jsonl, 
       train(data, batch_size=8).restore(hosts[0].state())
 
 
-def test_a_batch_that_its_lanes_do_not_divide_is_refused(jsonl):
-  with pytest.raises(UserError, match=r"12 rows .* 8 lanes .*lanes=6 or --config.train.batch_size=16"):
-    train(settings(jsonl, lanes=8), batch_size=12)
+@pytest.mark.parametrize(("rows", "asked", "made"), [(12, 8, 6), (2, 8, 2), (7, 4, 1), (9, 8, 3), (16, 8, 8)])
+def test_lanes_that_do_not_divide_a_batch_are_the_most_below_that_do(jsonl, rows, asked, made):
+  found, same_as = (train(settings(jsonl, lanes=lanes), batch_size=rows) for lanes in (asked, made))
+  assert found.lanes == [*range(made)] and same(take(found, 2), take(same_as, 2))
+  found.restore(same_as.state())  # the position is that of the lanes there are
+  with pytest.raises(UserError, match="config.data.lanes is 0"):
+    train(settings(jsonl, lanes=0), batch_size=rows)
 
 
 CONTINUE = """

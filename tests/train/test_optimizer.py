@@ -38,6 +38,16 @@ def test_learning_rate_warms_up_and_decays_to_its_final_value():
   np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-5)
 
 
+def test_a_warm_up_that_is_longer_than_training_leaves_the_last_step():
+  """Continuous in the steps: 51 and 50 of them warm up for 50 and 49."""
+  for steps, warmup in ((1000, 50), (51, 50), (50, 49), (20, 19), (2, 1), (1, 0)):
+    train = small(steps=steps, warmup_steps=50, learning_rate=1e-3, final_learning_rate_fraction=0.1).train
+    rates = np.array([float(learning_rate(train)(step)) for step in range(steps + 1)])
+    rising = np.arange(warmup + 1) / warmup if warmup else 1.0
+    np.testing.assert_allclose(rates[: warmup + 1], 1e-3 * rising, rtol=1e-5)
+    np.testing.assert_allclose(rates[steps], 1e-4, rtol=1e-5)
+
+
 MATRICES = {  # of the parameters of the model below, by path: how the gradient of one matrix lies in them
   ("layers", "attention", "query"): lambda g: g.reshape(2, 32, -1),
   ("layers", "attention", "out"): lambda g: g.reshape(2, -1, 32),

@@ -13,13 +13,12 @@ from tsparse.data.iterator import (
   check_data,
   evaluation_batches,
   evaluation_by_source,
-  rows_per_lane,
   train_iterator,
 )
 from tsparse.data.leakage import Leakage, check_disjoint
 from tsparse.data.packing import Packer, Piece
 from tsparse.data.resolve import describe
-from tsparse.data.settings import DataSettings, data_settings
+from tsparse.data.settings import DataSettings, data_settings, lanes_of
 from tsparse.data.vocabulary import bos_id, load_vocabulary, same_vocabulary
 
 __all__ = [
@@ -42,10 +41,10 @@ __all__ = [
   "evaluation_batches",
   "evaluation_by_source",
   "first_token",
+  "lanes_of",
   "load_tokenizer",
   "load_vocabulary",
   "merge_positions",
-  "rows_per_lane",
   "same_tokenizer",
   "same_vocabulary",
   "train_iterator",

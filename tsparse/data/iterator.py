@@ -23,7 +23,7 @@ from tsparse.data.leakage import check_disjoint
 from tsparse.data.limit import First
 from tsparse.data.packing import KEYS, Packer, stack_rows
 from tsparse.data.resolve import Source
-from tsparse.data.settings import DataSettings, data_settings
+from tsparse.data.settings import DataSettings, data_settings, lanes_of
 from tsparse.data.spool import Spool, spool
 from tsparse.data.streams import FileStream, Stream, TaskStream
 from tsparse.errors import UserError
@@ -47,10 +47,8 @@ def check_data(data: Any, model_vocab_size: int):
   tokenizer = load_tokenizer(data.vocabulary)
   check_embedded(tokenizer, model_vocab_size)
   first_token(tokenizer, data.bos)
-  if data.skip_bad < 0 or data.lanes < 1:
-    raise UserError(
-      f"config.data.skip_bad is {data.skip_bad} and config.data.lanes is {data.lanes}; they must be at least 0 and 1."
-    )
+  if data.skip_bad < 0:
+    raise UserError(f"config.data.skip_bad is {data.skip_bad}; it must be at least 0.")
   if not 0 <= data.allow_overlap <= 1:
     raise UserError(
       f"config.data.allow_overlap is {data.allow_overlap}; it is a share of the held-out documents, from 0 to 1."
@@ -64,17 +62,6 @@ def check_data(data: Any, model_vocab_size: int):
       stream.next_piece()
       stream.state()
   check_disjoint(data)
-
-
-def rows_per_lane(batch_size: int, lanes: int) -> int:
-  """B / S; UserError where that is no whole number."""
-  if batch_size % lanes:
-    best = max(n for n in range(1, lanes + 1) if batch_size % n == 0)
-    raise UserError(
-      f"A batch of {batch_size} rows cannot be made by {lanes} lanes (config.data.lanes): set "
-      f"--config.data.lanes={best} or --config.train.batch_size={-(-batch_size // lanes) * lanes}."
-    )
-  return batch_size // lanes
 
 
 class TrainIterator:
@@ -183,10 +170,11 @@ def train_iterator(
     rows: the rows that this host needs; None for all. Only the lanes that make them are read.
 
   Raises:
-    UserError: as `check_data`, or B does not divide by the lanes.
+    UserError: as `check_data`.
   """
   data = data_settings(data)
-  each = rows_per_lane(batch_size, data.lanes)
+  data = dataclasses.replace(data, lanes=lanes_of(batch_size, data.lanes))
+  each = batch_size // data.lanes
   chosen = resolve.training(data)
   check_disjoint(data)
   fingerprint = {

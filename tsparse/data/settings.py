@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from tsparse.errors import UserError
+
 DEFAULT_LANES = 8
 
 
@@ -21,7 +23,7 @@ class DataSettings:
     skip_bad: so many malformed lines of a D are left out and counted; one more is an error.
     cache: folder for unpacked files and indices; "" for TSPARSE_CACHE or ~/.cache/tsparse.
     cached: folder of seqio's cache job, whose tokens are trained on in place of encoding the text; "" for none.
-    lanes: S, how many independent readers make a batch.
+    lanes: S, how many independent readers make a batch; see `lanes_of`.
     vocabulary: see `tsparse.data.tokenizer.load_tokenizer`.
     bos: whether documents begin with the tokenizer's BOS, "on" or "off", or "auto": as the tokenizer does; see
       `encoding.first_token`.
@@ -45,6 +47,19 @@ class DataSettings:
   bos: str = "auto"
   eos: bool = True
   embedded: int = 0
+
+
+def lanes_of(batch_size: int, lanes: int) -> int:
+  """The lanes that make a batch: `lanes`, or the largest number below it that divides the rows of the batch.
+
+  Hosts need not divide them: a lane is read by every host that needs rows of it.
+
+  Raises:
+    UserError: `lanes` is below 1.
+  """
+  if lanes < 1:
+    raise UserError(f"config.data.lanes is {lanes}; it must be at least 1.")
+  return max(n for n in range(1, min(lanes, batch_size) + 1) if batch_size % n == 0)
 
 
 def data_settings(data: Any, **others: Any) -> DataSettings:

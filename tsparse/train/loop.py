@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from tsparse import hosts, sharding
-from tsparse.data import account_metrics, data_settings, merge_positions, train_iterator
+from tsparse.data import account_metrics, data_settings, lanes_of, merge_positions, train_iterator
 from tsparse.data.iterator import TrainIterator
 from tsparse.errors import RunFailure, Stopped
 from tsparse.evaluate.perplexity import evaluate
@@ -31,7 +31,7 @@ from tsparse.recipes.teacher import Teacher, teacher_of
 from tsparse.train import checkpoint, failure
 from tsparse.train.clock import Clock
 from tsparse.train.log import MetricWriter, count_unscored
-from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings
+from tsparse.train.optimizer import learning_rate, make_optimizer, optimizer_shardings, warmup_steps
 from tsparse.train.resume import restore_newest
 from tsparse.train.saver import Saver
 from tsparse.train.step import ROUTER_LOSSES, TrainState, make_train_step
@@ -286,6 +286,8 @@ def train(
 
   tell = functools.partial(warn, console)
   start = begin(config, workdir, mesh, run, init, tell)
+  if sentence := adapted(config):
+    console.print(f"{title}  {sentence}", highlight=False, soft_wrap=True)
   if start.step:
     console.print(f"{title}  resumed at step {start.step} of {settings.steps}", highlight=False)
   held_out = validation, by_source or {}
@@ -301,6 +303,18 @@ def train(
     f"{kept} Start again in a new --workdir with a lower --config.train.learning_rate or --config.train.clip_norm, or "
     "more warmup_steps."
   )
+
+
+def adapted(config: ml_collections.ConfigDict) -> str:
+  """What is taken in place of what the config asks for, where its steps or its rows are too few; "" for nothing."""
+  settings, asked = config.train, data_settings(config.data).lanes
+  warmup, lanes = warmup_steps(settings), lanes_of(settings.batch_size, asked)
+  parts = []
+  if warmup != settings.warmup_steps:
+    parts.append(f"train.warmup_steps={settings.warmup_steps} do not fit in train.steps={settings.steps}: {warmup}")
+  if lanes != asked:
+    parts.append(f"data.lanes={asked} do not divide train.batch_size={settings.batch_size}: {lanes}")
+  return ", ".join(f"{part} are taken" for part in parts)
 
 
 def _with(train_step: Callable, own: Any, state: TrainState, batch: dict[str, jax.Array]) -> Any:

@@ -29,12 +29,17 @@ MATRICES = {  # of Muon: the axes that are multiplied with the input and those o
 MUON_RMS = 0.2
 
 
+def warmup_steps(train: ml_collections.ConfigDict) -> int:
+  """The steps of warm-up: those of the config, or where it has no more steps than those all of them but the last."""
+  return min(train.warmup_steps, train.steps - 1)
+
+
 def learning_rate(train: ml_collections.ConfigDict) -> optax.Schedule:
   """Linear from 0 over `warmup_steps`, then cosine to its `final_learning_rate_fraction` at `steps`."""
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=train.learning_rate,
-    warmup_steps=train.warmup_steps,
+    warmup_steps=warmup_steps(train),
     decay_steps=train.steps,
     end_value=train.learning_rate * train.final_learning_rate_fraction,
   )

@@ -85,19 +85,22 @@ def test_shares_and_errors_are_those_of_numpy(kind, layer):
   np.testing.assert_array_equal(np.sum(number, -1), used.sum((0, 1)))
 
 
-def test_the_search_meets_its_targets_in_every_layer_with_thresholds_of_one_shape():
-  scales, shapes = np.array([1e-3, 1.0, 40.0]), set()
+def test_the_search_meets_its_targets_in_every_layer_in_few_passes():
+  scales, calls = np.array([1e-3, 1.0, 40.0]), []
 
   def measure(epsilon):
-    shapes.add(epsilon.shape)
+    calls.append(epsilon)
     values = 1 - np.exp(-epsilon / scales[:, None])
     values[2] = np.maximum(values[2], 0.7)  # three quarters of zeros: no threshold gives less
     return values
 
-  found = calibration.search(measure, 3, [0.05, 0.5, 0.9]).at([0.05, 0.5, 0.9])
-  np.testing.assert_allclose(measure(found)[:2], [[0.05, 0.5, 0.9]] * 2, atol=1e-3)
-  np.testing.assert_allclose(measure(found)[2], [0.7, 0.7, 0.9], atol=1e-3)
-  assert shapes == {(3, calibration.GRID.size), (3, 3)}
+  grid = np.tile(calibration.GRID, (3, 1))
+  for shape, most in ((measure(grid), 3), (1.1 * measure(grid) ** 1.1, 4)):  # itself, and what rises about as it does
+    calls.clear()
+    found = calibration.search(measure, calibration.Curves.of(grid, shape), [0.05, 0.5, 0.9]).at([0.05, 0.5, 0.9])
+    assert {epsilon.shape for epsilon in calls} == {(3, 3)} and len(calls) <= most
+    np.testing.assert_allclose(measure(found)[:2], [[0.05, 0.5, 0.9]] * 2, atol=1e-3)
+    np.testing.assert_allclose(measure(found)[2], [0.7, 0.7, 0.9], atol=1e-3)
 
 
 def test_each_expert_has_thresholds_of_its_own():
@@ -144,7 +147,8 @@ def test_an_expert_that_no_token_reached_has_the_thresholds_of_its_layer():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(calibration, "probe", probe_of)
     measures = {"share": calibration.Measure(None, ffns)}
-    found = calibration.Calibrator(None, None, None, None).thresholds(measures, [0.5])["share"].at([0.5])
+    calibrator = calibration.Calibrator(None, None, None, None)
+    found = calibrator.thresholds(measures, [0.5], calibrator.grid(measures))["share"].at([0.5])
   np.testing.assert_allclose(ffns.by_kind(found)["ffn"][..., 0], np.log(2) * scale[..., 0] * np.ones(3), rtol=5e-3)
 
 

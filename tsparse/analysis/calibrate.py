@@ -47,8 +47,8 @@ def calibrate(
     progress: called with a line after each piece of work.
   """
   ffns = FFNs.of(model.config, each_expert=False)
-  measure = Measure(layer_below, ffns)
-  curves = Calibrator(model, params, batches, mesh).thresholds({"hidden": measure}, LEVELS)["hidden"]
+  measures, calibrator = {"hidden": Measure(layer_below, ffns)}, Calibrator(model, params, batches, mesh)
+  curves = calibrator.thresholds(measures, LEVELS, calibrator.grid(measures))["hidden"]
   progress("thresholds")
 
   def interventions(epsilon: np.ndarray) -> dict[str, Magnitude]:  # [N]

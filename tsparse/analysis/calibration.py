@@ -1,8 +1,9 @@
 """The search for thresholds: where a rising function of a threshold takes the asked values, in every FFN at once.
 
-A pass over the calibration text measures many thresholds, in each FFN of the model as it is, and the next pass measures
-where the asked values must lie between them. An "FFN" is a dense one, one routed expert, or the shared one of a layer;
-the FFNs of a model stand in a row [N], those of each kind together (`FFNs`).
+The first pass over the calibration text measures a grid of thresholds, in each FFN of the model as it is. The next ones
+measure where the asked values must lie by what is known, until they lie there. What is expensive to measure has a shape
+on the grid that costs little, something that rises about as it does. An "FFN" is a dense one, one routed expert, or the
+shared one of a layer; the FFNs of a model stand in a row [N], those of each kind together (`FFNs`).
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from tsparse.analysis.statistics import Together
 from tsparse.models.config import ModelConfig, ffn_layers
 from tsparse.models.transformer import Transformer
 
-GRID = np.geomspace(1e-7, 1e3, 21)  # thresholds that the first pass measures; the others measure as many: one program
+GRID = np.geomspace(1e-7, 1e3, 81)  # thresholds that the first pass measures
+NEAR = 0.001  # a target is met if its value is as near as this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +78,37 @@ class Curves:
     """[N, targets]: thresholds that give the targets, by interpolation of log epsilon; the ends beyond the ends."""
     return np.exp([np.interp(targets, value, np.log(e)) for e, value in zip(self.epsilon, self.value, strict=True)])
 
+  def through(self, epsilon: np.ndarray, value: np.ndarray) -> "Curves":
+    """The same shifted so that they go through points [N, points]: by what each is off there, between them by
+    interpolation over log epsilon."""
+    found = []
+    for mine, values, at, wanted in zip(self.epsilon, self.value, epsilon, value, strict=True):
+      order = np.argsort(at)
+      x, at, wanted = np.log(np.concatenate([mine, at])), np.log(at[order]), wanted[order]
+      off = np.interp(x, at, wanted - np.interp(at, np.log(mine), values))
+      found.append((np.exp(x), np.interp(x, np.log(mine), values) + off))
+    return Curves.of(*map(np.stack, zip(*found, strict=True)))
+
 
 def search(
-  measure: Callable[[np.ndarray], np.ndarray], number: int, targets: Sequence[float], passes: int = 5
+  measure: Callable[[np.ndarray], np.ndarray], shape: Curves, targets: Sequence[float], passes: int = 5
 ) -> Curves:
   """Finds where a rising function of a threshold takes each of the targets, in every FFN.
 
   Args:
     measure: epsilon [N, G] -> values [N, G]; one pass over the text.
-    number: N.
+    shape: the function on a grid, or what rises about as it does.
     targets: the values looked for.
-    passes: at most so many after the first, until all targets are met to 0.001 or the thresholds stay the same (where
-      the function jumps over a target).
+    passes: at most so many, until all targets are met to NEAR or the thresholds stay the same (where the function
+      jumps over a target).
   """
-  epsilon = np.tile(GRID, (number, 1))
-  curves = Curves.of(epsilon, measure(epsilon))
-  wanted = np.resize(targets, GRID.size)  # some of them more than once
+  curves, epsilon, value = shape, np.zeros((len(shape.epsilon), 0)), np.zeros((len(shape.epsilon), 0))
   for _ in range(passes):
-    guess = curves.at(wanted)
-    value = measure(guess)
-    curves = Curves.of(np.hstack([curves.epsilon, guess]), np.hstack([curves.value, value]))
-    if ((np.abs(value - wanted) < 0.001) | np.isclose(curves.at(wanted), guess, rtol=1e-3, atol=0)).all():
+    guess = curves.at(targets)
+    found = measure(guess)
+    epsilon, value = np.hstack([epsilon, guess]), np.hstack([value, found])
+    curves = shape.through(epsilon, value)
+    if ((np.abs(found - targets) < NEAR) | np.isclose(curves.at(targets), guess, rtol=1e-3, atol=0)).all():
       break
   return curves
 
@@ -144,23 +156,36 @@ class Calibrator:
   batches: Sequence[dict[str, np.ndarray]]
   mesh: jax.sharding.Mesh
 
-  def thresholds(self, measures: dict[str, Measure], targets: Sequence[float]) -> dict[str, Curves]:
-    """`search` for the targets of each measure, of all in the same passes over the text."""
+  def measured(self, measures: dict[str, Measure], epsilon: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By name of the measure its values at thresholds [N, G], of all in one pass over the text."""
     together = Together(tuple((name, measure.observe) for name, measure in measures.items()))
+    settings: dict[str, dict[str, jax.Array]] = {}
+    for name, measure in measures.items():
+      for kind, of_kind in measure.ffns.by_kind(epsilon[name]).items():
+        settings.setdefault(kind, {})[name] = jnp.asarray(of_kind, jnp.float32)
+    sums = probe(self.model, self.params, self.batches, self.mesh, together, settings).sums
+    by_name = {name: {kind: found[name] for kind, found in sums.items()} for name in measures}
+    return {name: measure.values(by_name[name], epsilon[name].shape) for name, measure in measures.items()}
+
+  def grid(self, measures: dict[str, Measure]) -> dict[str, Curves]:
+    """The measures on GRID, in one pass over the text."""
+    epsilon = {name: np.tile(GRID, (measure.ffns.number, 1)) for name, measure in measures.items()}
+    values = self.measured(measures, epsilon)
+    return {name: Curves.of(epsilon[name], values[name]) for name in measures}
+
+  def thresholds(
+    self, measures: dict[str, Measure], targets: Sequence[float], shapes: dict[str, Curves]
+  ) -> dict[str, Curves]:
+    """`search` for the targets of each measure from its shape, of all in the same passes over the text."""
     ends = np.cumsum([measure.ffns.number for measure in measures.values()])
 
     def split(row: np.ndarray) -> dict[str, np.ndarray]:
       return dict(zip(measures, np.split(row, ends[:-1]), strict=True))
 
     def measure(epsilon: np.ndarray) -> np.ndarray:
-      parts, settings = split(epsilon), {}
-      for name, part in parts.items():
-        for kind, of_kind in measures[name].ffns.by_kind(part).items():
-          settings.setdefault(kind, {})[name] = jnp.asarray(of_kind, jnp.float32)
-      sums = probe(self.model, self.params, self.batches, self.mesh, together, settings).sums
-      by_name = {name: {kind: found[name] for kind, found in sums.items()} for name in measures}
-      return np.concatenate([measures[name].values(by_name[name], part.shape) for name, part in parts.items()])
+      return np.concatenate(list(self.measured(measures, split(epsilon)).values()))
 
-    curves = search(measure, ends[-1], targets)
+    epsilon, value = (np.concatenate([getattr(shapes[name], x) for name in measures]) for x in ("epsilon", "value"))
+    curves = search(measure, Curves(epsilon, value), targets)
     epsilon, value = split(curves.epsilon), split(curves.value)
     return {name: Curves(epsilon[name], value[name]) for name in measures}

@@ -32,6 +32,7 @@ from tsparse.models.transformer import Transformer
 Array = jax.Array
 CETTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 PPL_P = 1.0  # percent
+BISECTIONS = 5  # for it
 
 DEFINITIONS = {
   "fat": "FAT-epsilon (ProSparse, arXiv 2402.13516, its threshold on the hidden): entries with |hidden| < epsilon are "
@@ -197,6 +198,25 @@ def cett(seen: Seen, epsilon: Array) -> tuple[Array, Array]:
   return dropped_error(seen, lambda epsilon: contributions >= epsilon[:, None], epsilon.T)
 
 
+def rough_cett(seen: Seen, epsilon: Array) -> tuple[Array, Array]:
+  """What `cett` would be if the rows of `down` were orthogonal, which takes one product for all epsilon, not one each:
+  ||sum over dropped neurons of hidden_i down_i|| is then the root of the sum of (hidden_i ||down_i||)^2."""
+  contributions = size(seen.hidden) * jnp.linalg.norm(seen.down.astype(jnp.float32), axis=-1)  # [B, T, E, F]
+  whole = output_length(seen.hidden, seen.down)
+
+  def at(e):
+    dropped = jnp.sqrt(jnp.sum(jnp.square(contributions), axis=-1, where=contributions < e[:, None]))
+    return jnp.sum(jnp.where(seen.reached & (whole > 0), dropped / whole, 0), axis=(0, 1))
+
+  return jax.lax.map(at, epsilon.T).T[..., None], jnp.sum(seen.reached, axis=(0, 1), dtype=jnp.int32)[:, None]
+
+
+def output_length(hidden: Array, down: Array) -> Array:
+  """||hidden down|| in float32, [B, T, E], of hidden [B, T, E, F] and down [E, F, D]."""
+  out = jnp.einsum("btef,efd->bted", hidden.astype(jnp.float32), down.astype(jnp.float32), precision="highest")
+  return jnp.linalg.norm(out, axis=-1)
+
+
 def dropped_error(seen: Seen, keep: Callable[[Array], Array], settings: Array) -> tuple[Array, Array]:
   """Sum over the tokens that reach each expert of ||sum over dropped neurons of hidden_i down_i|| / ||FFN(x)||.
 
@@ -208,15 +228,10 @@ def dropped_error(seen: Seen, keep: Callable[[Array], Array], settings: Array) -
   Returns:
     [E, G, 1] float32, and [E, 1] int32, how many tokens.
   """
-  hidden, down = seen.hidden.astype(jnp.float32), seen.down.astype(jnp.float32)
-
-  def length(hidden):  # [B, T, E, F] -> ||hidden down||, [B, T, E]
-    return jnp.linalg.norm(jnp.einsum("btef,efd->bted", hidden, down, precision="highest"), axis=-1)
-
-  whole = length(hidden)
+  whole = output_length(seen.hidden, seen.down)
 
   def at(setting):
-    dropped = length(jnp.where(keep(setting), 0, hidden))
+    dropped = output_length(jnp.where(keep(setting), 0, seen.hidden), seen.down)
     return jnp.sum(jnp.where(seen.reached & (whole > 0), dropped / whole, 0), axis=(0, 1))
 
   return jax.lax.map(at, settings).T[..., None], jnp.sum(seen.reached, axis=(0, 1), dtype=jnp.int32)[:, None]
@@ -307,7 +322,10 @@ def threshold_curves(
       "held_out": calibration is not data,
     }
   }
-  found = calibrator.thresholds(measures, targets) if targets else {}
+  errors = {"cett": Measure(cett, ffns)} if cetts else {}
+  rough = {"cett": Measure(rough_cett, ffns)} if cetts else {}
+  shapes = calibrator.grid((measures if targets else {}) | rough) if targets or cetts else {}
+  found = calibrator.thresholds(measures, targets, shapes) if targets else {}
   epsilons = {name: curves.at(targets).T for name, curves in found.items()}  # [targets, N]
   for name in ("fat", "teal_down", "cats"):
     result[name] = []
@@ -323,7 +341,7 @@ def threshold_curves(
     where = {"input_epsilon_per_layer": np.concatenate(layers).tolist()}
     result["teal"].append({"target": target} | _stated(ffns, epsilon) | where | teal(epsilon, read))
   progress("teal")
-  curves = calibrator.thresholds({"cett": Measure(cett, ffns)}, cetts)["cett"] if cetts else None
+  curves = calibrator.thresholds(errors, cetts, shapes)["cett"] if cetts else None
 
   def at(values: Sequence[float]) -> list[dict[str, Any]]:
     epsilons = curves.at(values).T
@@ -356,7 +374,7 @@ def ppl_p(
   known: Sequence[dict[str, Any]],
   natural: Evaluation,
   percent: float,
-  steps: int = 5,
+  steps: int = BISECTIONS,
 ) -> dict[str, Any]:
   """The largest CETT whose perplexity is at most `percent` above that of the model as it is, and its sparsity.
 

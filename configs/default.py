@@ -103,4 +103,5 @@ def get_config(name: str = "default", preset: str = "tiny") -> ConfigDict:
   config.analysis.thresholds = False  # CATS, TEAL and the other thresholds without training, of the control
   config.analysis.tokens = 65_536  # held-out tokens
   config.analysis.batch_size = 16  # rows of one forward pass
+  config.analysis.minutes = 10.0  # less of the text is evaluated where all would take longer; 0 is no limit
   return config

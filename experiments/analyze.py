@@ -39,6 +39,9 @@ EXPORT = flags.DEFINE_string(
   "export", "", "Write how often each neuron fired to OUT/activation, as numpy or powerinfer (.pt) files."
 )
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens to evaluate; fewer where the text ends.", lower_bound=1)
+MINUTES = flags.DEFINE_float(
+  "minutes", 10.0, "Less of the text is evaluated where all would take longer; 0 is no limit.", lower_bound=0.0
+)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1
 )
@@ -80,6 +83,7 @@ def main():
     root=ROOT.value,
     text_field=TEXT_FIELD.value,
     also=ALSO.value,
+    minutes=MINUTES.value,
   )
 
 

@@ -21,8 +21,8 @@ TEXTS = [f"story {i}: " + "the cat sat. " * (i % 9) for i in range(40)]  # up to
 
 
 def analyze(models, data, out, **settings):
-  settings = {"levels": (), "tokens": 10**6, "parts": ("counts",)} | settings
-  return analysis_run.run([str(m) for m in models], str(data), out, console=Console(quiet=True), **settings)
+  settings = {"levels": (), "tokens": 10**6, "parts": ("counts",), "console": Console(quiet=True)} | settings
+  return analysis_run.run([str(m) for m in models], str(data), out, **settings)
 
 
 def save_texts(path, texts):

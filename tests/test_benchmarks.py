@@ -73,6 +73,15 @@ def test_the_benchmark_of_the_analysis_runs(tmp_path):
   assert "masked by contribution" in done.stdout
 
 
+def test_the_benchmark_of_the_report_counts_its_passes(shared_data, tmp_path):
+  texts = shared_data / "tinystories" / "valid_v2.jsonl"
+  arguments = [f"--model={shared_data / 'stories260k'}", f"--data={texts}", "--tokens=2000", "--seq_len=64"]
+  done, (row,) = run("report.py", *arguments, "--batch_size=8", out=tmp_path / "report.json")
+  assert 4 < row["masked"] <= 8 and row["forwards"] == pytest.approx(3 + row["masked"] + 1 / row["batches"])
+  assert row["ratio"] == pytest.approx(row["report_seconds"] / row["plain_seconds"]) and "target 10" in done.stdout
+  assert row["forwards"] < row["estimated"] < 16 and 0.7 < row["zero_fraction"] < 0.8
+
+
 def compiled(script, *arguments, out):
   """The JSON of a benchmark of the native kernels; skips where there is no compiler for them."""
   done = commands.run(f"benchmarks/{script}", *arguments, f"--json={out}", timeout=600)

@@ -12,6 +12,7 @@ from rich.console import Console
 from configs import repeat, tiny_moe_drelu, tiny_relufy
 from tsparse import experiment, files, sharding
 from tsparse import workdir as workdirs
+from tsparse.analysis import budget
 from tsparse.check import check, check_step
 from tsparse.convert.model import open_model
 from tsparse.errors import RunFailure, UserError
@@ -44,7 +45,7 @@ def quiet():
   return Console(quiet=True)
 
 
-def test_relufication_writes_its_record_and_its_report(text, tmp_path):
+def test_relufication_writes_its_record_and_its_report(text, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   analysis = experiment.run(small(text), workdir, quiet())
 
@@ -70,7 +71,9 @@ def test_relufication_writes_its_record_and_its_report(text, tmp_path):
   assert environment[0]["versions"]["jax"] == jax.__version__ and environment[0]["git"]
   assert list((workdir / "tensorboard").iterdir())
 
-  # the same again does nothing but read; another experiment is kept out
+  # the same again, on a machine so slow that it would evaluate less, does nothing but read; another is kept out
+  assert json.loads((workdir / "analysis_size.json").read_text()) == {"minutes": 10, "batches": [3], "evaluated": [3]}
+  monkeypatch.setattr(budget, "measured", lambda *_: budget.Speed(0.0, 1e9))
   assert experiment.run(small(text), workdir, quiet()) == analysis
   assert open_model(workdir).row == 32  # what analyze.py takes, too
   other = small(text)

@@ -87,6 +87,10 @@ def check_step(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, platf
     raise UserError(f"config.analysis.levels is {config.analysis.levels}: a level is a share of zeros, 0 <= level < 1.")
   if config.analysis.tokens <= 0 or config.analysis.batch_size <= 0:
     raise UserError("config.analysis.tokens and config.analysis.batch_size must be positive.")
+  if not 0 <= config.analysis.minutes < float("inf"):
+    raise UserError(
+      f"config.analysis.minutes is {config.analysis.minutes}; give a number of minutes, or 0 for no limit."
+    )
   model = model_config(config)
   remat_policy(model.remat)
   check_experts(model, settings, platform)

@@ -271,6 +271,8 @@ def analyze_stages(
     ],
     mesh,
     console,
+    config.analysis.minutes,
+    main.folder / "analysis_size.json",
   )
   if recipe_of(config).on:
     trained = next(m for m in analysis["models"] if m["name"] == main_name(config))

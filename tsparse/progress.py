@@ -22,7 +22,7 @@ from rich.progress import (
 class ProgressLine:
   """A progress bar on a terminal; elsewhere a plain line at the start, at the end and at most every 10 seconds."""
 
-  def __init__(self, console: Console, title: str, done: int, total: int):
+  def __init__(self, console: Console, title: str, done: int, total: float):
     self._console, self._title, self._total, self._printed = console, title, total, -math.inf
     self._bar = Progress(
       TextColumn("{task.description}"),
@@ -42,23 +42,23 @@ class ProgressLine:
   def __exit__(self, *_):
     self._bar.stop()
 
-  def advance(self, facts: str = "", amount: int = 1):
+  def advance(self, facts: str = "", amount: float = 1):
     """Shows that one more is done, or `amount` more."""
-    self.update(int(self._bar.tasks[0].completed) + amount, facts)
+    self.update(self._bar.tasks[0].completed + amount, facts)
 
-  def update(self, done: int, facts: str):
+  def update(self, done: float, facts: str):
     """Shows that `done` of the total are done, with `facts` (loss and so on) beside it."""
     self._bar.update(self._task, completed=done, facts=facts)
     now = time.monotonic()
-    if not self._console.is_terminal and (now - self._printed > 10 or done == self._total):
+    if not self._console.is_terminal and (now - self._printed > 10 or math.isclose(done, self._total)):
       self._printed = now
       self._console.print(f"{self._title}  {self._amounts(done)}  {facts}".rstrip(), highlight=False)
 
   def _columns(self) -> list:
     return [MofNCompleteColumn()]
 
-  def _amounts(self, done: int) -> str:
-    return f"{done}/{self._total}"
+  def _amounts(self, done: float) -> str:
+    return f"{done:.0f}/{self._total:.0f}"
 
 
 class ByteProgressLine(ProgressLine):

@@ -3,6 +3,7 @@
 config.json        the resolved config; `--config=configs/repeat.py:WORKDIR` runs it again elsewhere
 environment.json   versions, git revision, device and command, one entry for each start
 tokenizer/         a copy of the vocabulary's files, unless it is bytes
+analysis_size.json how much of the held-out text config.analysis.minutes allowed: a repeated analysis keeps to it
 checkpoints/  metrics.jsonl  tensorboard/  report/
 base/  phases/NAME/  workdirs of the other stages (tsparse/stages.py)
 """

@@ -5,8 +5,9 @@ import pytest
 
 from configs import default
 from tsparse import sharding
-from tsparse.analysis import masks
-from tsparse.analysis.analyze import analyze, hidden_statistics, passes
+from tsparse.analysis import curves, masks
+from tsparse.analysis.analyze import analyze, hidden_statistics
+from tsparse.analysis.cost import pieces
 from tsparse.data import EvaluationSet
 from tsparse.errors import UserError
 from tsparse.evaluate import perplexity
@@ -132,6 +133,33 @@ def test_analysis_equals_a_direct_computation(experts):
   assert abs(most["loss"] - result["loss"]) > abs(half["loss"] - result["loss"])
 
 
+def test_rows_that_a_mask_leaves_as_they_are_are_not_run_again(monkeypatch):
+  """Against every row run at every level; half of the rows have no token with so few zeros, and are not run."""
+  config = ModelConfig(**SIZES | {"d_ff": 96})
+  model, data = Transformer(config), held_out(config)
+  second = {name: x[:, ::-1].copy() if name == "inputs" else x for name, x in data.batches[0].items()}
+  batches = [data.batches[0], second | {"segment_ids": np.ones_like(second["segment_ids"])}]
+  params = jax.jit(lambda key: init_parameters(model, key))(jax.random.key(0))
+  mesh, ran = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]), []
+  with jax.set_mesh(mesh):
+    [natural] = perplexity.evaluate_each(model, params, batches, mesh, [None])
+    most = np.sort(natural.rows.most["ffn"])
+    levels = (0.0, 0.1, 1 - most[4] / 96, 0.95)  # the third keeps as many as fired in the fifth of eight rows
+    each = [masks.topk_everywhere(level, config) for level in levels]
+    slow = perplexity.evaluate_each(model, params, batches, mesh, each)
+    losses = curves.losses
+    monkeypatch.setattr(curves, "losses", lambda *args: ran.append(args[2]) or losses(*args))
+    [curve] = curves.masked_curves(model, params, batches, mesh, natural, levels)
+  changed = [curves.changed_rows(level, "hidden", natural, config) for level in levels]
+  assert [rows.sum() for rows in changed] == [0, 0, (most > most[4]).sum(), 8] and 0 < changed[2].sum() < 4
+  rows = [int((np.asarray(batch["segment_ids"]) > 0).any(1).sum()) for batch in ran]
+  assert sorted(rows) == [changed[2].sum(), 4, 4]  # one batch of the rows of two that the third changes, and both
+  for point, evaluation, rows in zip(curve["points"], slow, changed, strict=True):
+    assert point["loss"] == pytest.approx(evaluation.loss, rel=1e-6)
+    np.testing.assert_allclose(evaluation.rows.nll[~rows], natural.rows.nll[~rows], rtol=1e-6)
+    assert (np.abs(evaluation.rows.nll - natural.rows.nll)[rows] > 1e-6).all()
+
+
 def test_a_sweep_compiles_once_for_each_selection_and_places_the_data_once(monkeypatch):
   """One program for the model as it is, and one for all levels of a selection."""
   config = default.get_config()
@@ -140,20 +168,23 @@ def test_a_sweep_compiles_once_for_each_selection_and_places_the_data_once(monke
   params = init_parameters(model, jax.random.key(0))
   mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}, jax.devices()[:1])
   placed, place, done = [], perplexity.place, []
-  monkeypatch.setattr(perplexity, "place", lambda *args: placed.append(0) or place(*args))
-  before = perplexity.compiled._cache_size()
+  monkeypatch.setattr(curves, "place", lambda *args: placed.append(0) or place(*args))
+  before = perplexity.compiled._cache_size(), perplexity.losses._cache_size()
   settings = {"levels": (0.0, 0.5, 0.8, 0.9), "selections": ("gate", "hidden", "contribution")}
   with jax.set_mesh(mesh):
     result = analyze(
-      "m", model, params, data, mesh, source="", text="", trained_tokens=0, progress=done.append, **settings
-    )
+      "m", model, params, data, mesh, source="", text="", trained_tokens=0,
+      progress=lambda _, amount: done.append(amount), **settings,
+    )  # fmt: skip
   assert [curve["selection"] for curve in result["curves"]] == ["gate", "hidden", "contribution"]
   for curve in result["curves"]:
     assert curve["points"][0]["loss"] == pytest.approx(result["loss"], rel=1e-6)
   assert len({point["loss"] for curve in result["curves"] for point in curve["points"][1:]}) == 9
   assert result["curve"] == result["curves"][1]["points"]
-  assert perplexity.compiled._cache_size() == before + 4 and len(placed) == len(data.batches)
-  assert len(done) == passes(model.config, data, **settings)
+  assert (perplexity.compiled._cache_size(), perplexity.losses._cache_size()) == (before[0] + 1, before[1] + 3)
+  assert len(placed) == len(data.batches) and len(done) == (1 + 9) * len(data.batches)
+  cost = sum(piece.batches(2, 0) for piece in pieces(model.config, 24, **settings).values())
+  assert sum(done) == pytest.approx(cost) and 20 < cost < 40
 
 
 def test_layers_of_several_ffns_are_reported_together():

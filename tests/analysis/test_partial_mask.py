@@ -11,7 +11,9 @@ import pytest
 from tests.analysis.test_probe import MOE, mesh_of, tiny
 from tsparse.analysis import confidence
 from tsparse.analysis.analyze import analyze
+from tsparse.analysis.cost import pieces
 from tsparse.analysis.probe import Seen
+from tsparse.evaluate.perplexity import evaluate
 from tsparse.models.config import parameter_counts
 from tsparse.sparse.predictors import quality
 
@@ -34,10 +36,15 @@ def chat():
 @functools.cache
 def analysed():
   model, params, data = chat()
+  done = []
   with jax.set_mesh(mesh := mesh_of({})):
     parts = ("counts", "tokens", "thresholds")
     about = {"source": "", "text": "text", "trained_tokens": 0, "by_source": {"text": data}}
-    return analyze("m", model, params, data, mesh, levels=LEVELS, parts=parts, **about)
+    progress = lambda _, amount: done.append(amount)  # noqa: E731
+    found = analyze("m", model, params, data, mesh, levels=LEVELS, parts=parts, progress=progress, **about)
+  cost = sum(piece.batches(2, 2) for piece in pieces(MOE, 24, LEVELS, parts=parts).values())
+  assert sum(done) == pytest.approx(cost)  # the bar comes to its end
+  return found
 
 
 def unmasked(kind, layer, gate, up, hidden):
@@ -167,6 +174,17 @@ def test_losses_are_of_the_scored_tokens_and_zeros_of_all_real_ones():
   others = result["parameters"]["activated"] - counts["ffn"] * read["ffn"] - counts["shared"] * read["shared"]
   rest = sum(n for name, n in counts.items() if name not in ("ffn", "shared", "first"))
   assert others == pytest.approx(rest + counts["first"] * read["dense"])
+
+
+def test_the_widest_token_of_a_row_is_known_by_kind_of_ffn():
+  model, params, data = chat()
+  with jax.set_mesh(mesh := mesh_of({})):
+    found = evaluate(model, params, data.batches, mesh)
+  for kind in ("first", "ffn", "shared"):
+    of_kind = [fired(layer[kind]).sum((2, 3)).max(1) for layer in natural()[1] if kind in layer]
+    np.testing.assert_array_equal(found.rows.most[kind], np.max(of_kind, 0))
+  scored, _ = masks()
+  np.testing.assert_allclose(found.rows.nll, np.where(scored, natural()[0], 0).sum(1), rtol=1e-5)
 
 
 def test_positions_and_histograms_are_of_all_real_tokens():

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from tsparse.analysis import accounting, confidence, experts, gap, masks, neurons, observe
+from tsparse.analysis.cost import pieces
+from tsparse.analysis.curves import masked_curves
 from tsparse.analysis.probe import check_finite
 from tsparse.data import EvaluationSet, leakage
 from tsparse.data import accounting as data_accounting
 from tsparse.evaluate import perplexity
-from tsparse.evaluate.perplexity import Evaluation, evaluate, evaluate_each
+from tsparse.evaluate.perplexity import Evaluation, evaluate_each
 from tsparse.models import counts
-from tsparse.models.config import ModelConfig
 from tsparse.models.counts import ModelCounts
 from tsparse.models.transformer import Transformer
 
@@ -49,7 +50,7 @@ def analyze(
   calibration: EvaluationSet | None = None,
   by_source: Mapping[str, EvaluationSet] | None = None,
   keep: Callable[[ModelCounts], None] = lambda _: None,
-  progress: Callable[[str], None] = lambda _: None,
+  progress: Callable[[str, float], None] = lambda *_: None,
 ) -> dict[str, Any]:
   """Loss, natural sparsity and the masked-perplexity curves of a model.
 
@@ -69,7 +70,7 @@ def analyze(
     calibration: other documents, to find thresholds on; None for the same.
     by_source: held-out batches of other texts, such as each source of a mixture; one may be `data`.
     keep: called with the counts of every neuron.
-    progress: called with a line after each forward pass and then each piece of work: `passes` of them.
+    progress: called with a line and the cost of what was done (cost.py), in plain forward passes over a batch.
 
   Returns:
     An entry of "models" in analysis.json.
@@ -78,38 +79,39 @@ def analyze(
     UserError: the model's logits are not finite.
   """
   config, norms = model.config, None
+  costs = pieces(config, data.batches[0]["targets"].shape[1], levels, selections, parts)
+
+  def step(amount: float = 1.0):
+    progress(name, amount)
+
+  def done(piece: str):
+    sizes = len(data.batches), len((calibration or data).batches)
+    progress(f"{name}: {piece}", costs[piece].batches(*sizes))
+
   if levels and "contribution" in selections:
     norms = jax.jit(masks.down_norms, static_argnums=0)(config, params)
-  masked = [
-    masks.topk_everywhere(level, config, norms if selection == "contribution" else None, selection, mask_shared)
-    for selection in selections
-    for level in levels
-  ]
-  step, documents = (lambda: progress(name)), (data.document_ids, data.documents)
-  natural, *results = evaluate_each(model, params, data.batches, mesh, [None, *masked], step, *documents)
+  documents = data.document_ids, data.documents
+  [natural] = evaluate_each(model, params, data.batches, mesh, [None], step, *documents)
   if not np.isfinite(natural.nll):
     check_finite(model, params, data.batches, mesh)
   keep(natural.counts)
-  statistics, note = hidden_statistics(natural), lambda piece: progress(f"{name}: {piece}")
+  number = len([level for level in levels if level > 0]) * len(selections)
+  curves = masked_curves(
+    model, params, data.batches, mesh, natural, levels, selections, norms, mask_shared,
+    lambda: step(costs["masks"].text / number),
+  )  # fmt: skip
+  statistics, number = hidden_statistics(natural), len(list(experts.alone(config, [s for s in levels if s > 0])))
   observed = observe.observe(
-    model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=note
-  )
+    model, params, data, mesh, natural, parts=parts, calibration=calibration, levels=levels, progress=done,
+    forwards=lambda: step(costs["experts"].text / number),
+  )  # fmt: skip
   others = {
-    text: natural if held_out is data else evaluate(model, params, held_out.batches, mesh)
+    text: natural if held_out is data else evaluate_each(model, params, held_out.batches, mesh, [None], step)[0]
     for text, held_out in (by_source or {}).items()
   }
   if "neurons" in observed and len(others) > 1:
     observed["neurons"]["between"] = neurons.between({text: found.counts for text, found in others.items()})
   statistics["zero_fraction"] |= {"per_position": observed.pop("per_position")} if "per_position" in observed else {}
-  points = iter(results)
-  curves = [
-    {
-      "selection": selection,
-      "points": [{"sparsity": s, "loss": (r := next(points)).loss, "perplexity": r.perplexity} for s in levels],
-    }
-    for selection in selections
-    if levels
-  ]
   return {
     "name": name,
     "model": source,
@@ -144,20 +146,6 @@ def quality_on(name: str, found: Evaluation, held_out: EvaluationSet) -> dict[st
   tokens = {"tokens": found.tokens, "real_tokens": found.real_tokens}
   documents = {"documents": held_out.documents, "documents_cut": held_out.cut}
   return {"name": name, **quality, **tokens, **documents, "note": held_out.note}
-
-
-def passes(
-  config: ModelConfig,
-  data: EvaluationSet,
-  levels: Sequence[float],
-  selections: Sequence[str],
-  parts: Collection[str] = ("counts",),
-) -> int:
-  """Forward passes of an analysis, and pieces of work after them."""
-  forwards = 1 + len(levels) * len(selections)
-  if "experts" in parts and config.num_experts:
-    forwards += len(list(experts.alone(config, [level for level in levels if level > 0])))
-  return len(data.batches) * forwards + sum(observe.PARTS[part] for part in parts)
 
 
 def zero_fractions(natural: Evaluation) -> dict[str, float]:

@@ -15,10 +15,8 @@ from tsparse.models.transformer import Transformer
 
 Batches = Sequence[dict[str, np.ndarray]]
 
-# What is made of a text -> how often `progress` is called. It costs: "counts" nothing beside them, "tokens" a forward
-# pass, "thresholds" four for each of them and some more; "experts", only for those who ask for it, a forward pass for
-# each expert of each layer at each level, which `analyze.passes` counts.
-PARTS = {"counts": 0, "tokens": 1, "thresholds": 6, "experts": 0}
+# What is made of a text; cost.py says what each costs. "experts" are masked one after the other only for those who ask.
+PARTS = ("counts", "tokens", "thresholds", "experts")
 DEFAULT_PARTS = ("counts", "tokens", "thresholds")
 
 DEFINITIONS = {
@@ -41,6 +39,7 @@ def observe(
   calibration: EvaluationSet | None = None,
   levels: Sequence[float] = (),
   progress: Callable[[str], None] = lambda _: None,
+  forwards: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Pieces of the model's entry in analysis.json.
 
@@ -53,7 +52,8 @@ def observe(
     parts: keys of PARTS.
     calibration: other documents to find thresholds on; None for the evaluated ones, which the result then says.
     levels: target sparsities of the thresholds.
-    progress: called with a line after each piece of work.
+    progress: called with the name of each piece of work after it, as cost.pieces has them, but "experts".
+    forwards: called after each forward pass of "experts".
 
   Returns:
     By part: "neurons", "union" and, with experts, "experts"; then "per_position", "histograms" and more in "neurons",
@@ -68,13 +68,13 @@ def observe(
   if "tokens" in parts:
     for name, piece in token_statistics(model, params, data.batches, mesh, natural, masked).items():
       found[name] = found.get(name, {}) | piece if isinstance(piece, dict) else piece
-    progress("statistics of gate, up and hidden")
+    progress("tokens")
   if "thresholds" in parts:
     found["thresholds"] = thresholds.threshold_curves(
       model, params, data, mesh, natural, calibration or data, levels, progress=progress
     )
   if "experts" in parts and model.config.num_experts and masked:
-    curves = experts.masked_alone(model, params, data, mesh, masked, lambda: progress("one expert masked"))
+    curves = experts.masked_alone(model, params, data, mesh, masked, forwards)
     of_experts = found.setdefault("experts", {})
     of_experts["curves"] = {"levels": masked} | of_experts.get("curves", {}) | curves
   return found

@@ -11,8 +11,8 @@ import jax
 from rich.console import Console
 
 from tsparse import files, sharding, workdir
-from tsparse.analysis import confidence, neurons
-from tsparse.analysis.analyze import DEFINITIONS, analyze, passes
+from tsparse.analysis import budget, confidence, neurons
+from tsparse.analysis.analyze import DEFINITIONS, analyze
 from tsparse.analysis.masks import check_selections
 from tsparse.analysis.observe import DEFAULT_PARTS, check_parts
 from tsparse.analysis.report import print_table, write_report
@@ -72,21 +72,41 @@ class Case:
   keep: Callable[[ModelCounts], None] = lambda _: None
 
 
-def analyze_cases(cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console) -> dict[str, Any]:
-  """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory."""
-  total = sum(passes(case.config, case.data, case.levels, case.selections, case.parts) for case in cases)
+def analyze_cases(
+  cases: Sequence[Case], mesh: jax.sharding.Mesh, console: Console, minutes: float = 0.0, record: Path | None = None
+) -> dict[str, Any]:
+  """The content of analysis.json; `mesh` is set by `jax.set_mesh`, and one model at a time is in memory.
+
+  `minutes` and `record` limit how much of the texts is evaluated: see `budget.fitted`.
+  """
+  restored = _restore(cases[0], mesh)
+  with console.status("timing a forward pass"):
+    speed = budget.measured(Transformer(cases[0].config), restored[0], cases[0].data.batches[0], mesh)
+  cases, limited = budget.fitted(cases, speed, minutes, record)
+  total, tokens = sum(map(budget.forwards, cases)), cases[0].data.tokens
+  passes, took = total / len(cases[0].data.batches), sum(budget.seconds(cases, speed))
+  sentence = f"{passes:.1f} forward passes over {tokens:,} tokens, about {budget.duration(took)} and compiling"
+  for line in (*([limited["why"]] if limited else []), sentence):
+    console.print(f"analysis  {line}", highlight=False, soft_wrap=True)
+  models = []
   with ProgressLine(console, "analysis", 0, total) as bar:
-    models = [_analyze_case(case, mesh, bar) for case in cases]
-  return {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
+    for case in cases:
+      models.append(_analyze_case(case, *(restored or _restore(case, mesh)), mesh, bar))
+      restored = None
+  found = {"models": models, "comparisons": confidence.comparisons(models), "definitions": DEFINITIONS}
+  return found | ({"budget": limited} if limited else {})
 
 
-def _analyze_case(case: Case, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dict[str, Any]:
-  model = Transformer(case.config)
-  shapes, logical = abstract_parameters(model)
-  params, tokens = case.stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))
+def _restore(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, int]:
+  """Its parameters, and the tokens that they have seen."""
+  shapes, logical = abstract_parameters(Transformer(case.config))
+  return case.stored.restore(checkpoint.abstract(shapes, sharding.shardings(mesh, logical)))
+
+
+def _analyze_case(case: Case, params: Any, tokens: int, mesh: jax.sharding.Mesh, bar: ProgressLine) -> dict[str, Any]:
   made = analyze(
     case.name,
-    model,
+    Transformer(case.config),
     params,
     case.data,
     mesh,
@@ -125,6 +145,7 @@ def run(
   root: str = "",
   text_field: str = "text",
   also: str = "",
+  minutes: float = 0.0,
   console: Console | None = None,
 ) -> dict[str, Any]:
   """Analyses stored models on one text, writes the report to `out` and returns the content of analysis.json.
@@ -148,6 +169,7 @@ def run(
     root: folder or bucket with the sources of a mixture.
     text_field: of files, that holds the text.
     also: another D, on which loss, zeros and hot neurons are compared with those on `data`; "" for none.
+    minutes: that the forward passes may take; less of the text is evaluated where all would take longer. 0: no limit.
     console: where progress and tables are printed.
 
   Raises:
@@ -193,7 +215,7 @@ def run(
       )
       for name, model, (text, by_source), other in zip(names, stored, texts, others, strict=True)
     ]  # fmt: skip
-    analysis = analyze_cases(cases, mesh, console) | {"paper": paper}
+    analysis = analyze_cases(cases, mesh, console, minutes) | {"paper": paper}
     facts = {"data": data, "seq_len": seq_len, "seconds": {"analysis": round(time.monotonic() - began, 1)}}
     page = write_report(analysis, facts | workdir.environment(), folder)
   print_table(analysis, console)

@@ -344,6 +344,7 @@ def notes(analysis: dict) -> list[str]:
   if len(set(vocabularies.values())) > 1:
     named = ", ".join(f"{name} {vocabulary}" for name, vocabulary in vocabularies.items())
     result.append(f"Vocabularies differ ({named}): losses and perplexities are per token of each and do not compare.")
+  result += [analysis["budget"]["why"]] if "budget" in analysis else []
   result += [f"Alarm: {sentence}" for m in models for sentence in alarms(m)]
   most, others = tokens_unlike_most(models)
   if others:

@@ -1,9 +1,10 @@
 """Loss and perplexity on held-out text, with the counts of the FFN hidden, plain or under interventions."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class Evaluation:
     real_tokens: number of all tokens but padding, scored or not, over which the counts are.
     counts: by kind of FFN, fired [L, E, F] and routed [L, E], float64 numpy arrays.
     documents: sums over each document, if asked for.
+    rows: what is known of each row of the batches.
   """
 
   nll: float
@@ -39,6 +41,7 @@ class Evaluation:
   real_tokens: int
   counts: ModelCounts
   documents: "Documents | None" = None
+  rows: "Rows | None" = None
 
   @property
   def loss(self) -> float:
@@ -54,6 +57,19 @@ class Evaluation:
   def zero_fraction(self) -> float:
     """Share of zeros in the FFN hidden, over all layers."""
     return float(model_zero_fraction(self.counts))
+
+
+class Rows(NamedTuple):
+  """Of each row of the batches, one batch after the other.
+
+  Attributes:
+    nll: [rows] float64, sum of -ln p of the scored targets, nats.
+    most: by kind of FFN [rows], the most entries of a token's hidden that fired in any layer, of all the experts that
+      the token reached.
+  """
+
+  nll: np.ndarray
+  most: dict[str, np.ndarray]
 
 
 class Documents:
@@ -89,17 +105,26 @@ class Documents:
 
 def batch_losses(
   model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any
-) -> tuple[jax.Array, jax.Array, ModelCounts]:
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], ModelCounts]:
   """Of a batch: -ln p of its scored targets (0 elsewhere) and the entries of each token's hidden that fired, [B, T]
-  float32 each, and the counts of its hidden. Jitted for `evaluate_each`."""
+  float32 each, those of the row's widest token by kind of FFN [B], and the counts. Jitted for `evaluate_each`."""
   batch = {name: constrain(x, "BT") for name, x in batch.items()}
   nll, _, counts = token_losses(model.clone(by_token=True), params, batch, intervention)  # [B, T]
   fired = sum(c.by_token.sum(0) for c in counts.values())  # of all layers
+  most = {kind: c.by_token.max((0, 2)) for kind, c in counts.items()}
   counts = {kind: c.replace(by_token=None) for kind, c in counts.items()}
-  return replicate((jnp.where(scored(batch), nll, 0), fired, counts))  # every host reads all of it
+  return replicate((jnp.where(scored(batch), nll, 0), fired, most, counts))  # every host reads all of it
 
 
 compiled = jax.jit(batch_losses, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(model: Transformer, params: Any, batch: dict[str, jax.Array], intervention: Any) -> jax.Array:
+  """[B, T] float32: -ln p of the scored targets of a batch, 0 elsewhere; nothing is counted."""
+  batch = {name: constrain(x, "BT") for name, x in batch.items()}
+  nll, _, _ = token_losses(model, params, batch, intervention)
+  return replicate(jnp.where(scored(batch), nll, 0))
 
 
 def evaluate(
@@ -137,18 +162,21 @@ def evaluate_each(
   """
   total: list[Any] = [None for _ in interventions]
   sums = [Documents(documents) if documents else None for _ in interventions]
+  rows: list[list[Rows]] = [[] for _ in interventions]
   for number, batch in enumerate(batches):
     placed, counted, real = place(batch, mesh), scored(batch), int((batch["segment_ids"] > 0).sum())
     for i, intervention in enumerate(interventions):
-      nll, fired, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
+      nll, fired, most, counts = jax.tree.map(np.asarray, compiled(model, params, placed, intervention))
       counts = jax.tree.map(lambda x: x.astype(np.float64), counts)
       if documents:
         entries = sum(fired_and_entries(c)[1].sum() for c in counts.values()) / max(real, 1)  # of each token
         sums[i].add(document_ids[number], nll, counted, fired, entries)
+      rows[i].append(Rows(nll.sum(1, dtype=np.float64), most))
       part = nll.sum(dtype=np.float64), int(counted.sum()), real, counts
       total[i] = part if total[i] is None else jax.tree.map(np.add, total[i], part)
       progress()
+  whole = [jax.tree.map(lambda *x: np.concatenate(x), *of_each) for of_each in rows]
   return [
-    Evaluation(float(nll), int(tokens), int(real), counts, of_documents)
-    for (nll, tokens, real, counts), of_documents in zip(total, sums, strict=True)
+    Evaluation(float(nll), int(tokens), int(real), counts, of_documents, of_rows)
+    for (nll, tokens, real, counts), of_documents, of_rows in zip(total, sums, whole, strict=True)
   ]

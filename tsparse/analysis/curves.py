@@ -6,6 +6,7 @@ known exactly which rows a level leaves as they are. They are not run again: the
 is. The other rows are put together in batches of their own. Level 0 masks nothing and is run for no row.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,8 +95,12 @@ def masked_curves(
           add(point, place(whole, mesh))
       if point[1] > 0:
         progress()
+  found = {point: dataclasses.replace(natural, nll=float(total)) for point, total in nll.items()}
   return [
-    {"selection": selection, "points": [_point(level, nll[selection, level], natural.tokens) for level in levels]}
+    {
+      "selection": selection,
+      "points": [{"sparsity": s, "loss": (e := found[selection, s]).loss, "perplexity": e.perplexity} for s in levels],
+    }
     for selection in selections
     if levels
   ]
@@ -108,8 +113,3 @@ def _taken(rows: list[Batch], size: int, last: bool) -> Iterator[Batch]:
     empty = {name: np.zeros_like(x) for name, x in some[0].items()}
     some += [empty] * (size - len(some))
     yield {name: np.stack([row[name] for row in some]) for name in empty}
-
-
-def _point(level: float, nll: float, tokens: int) -> dict[str, float]:
-  found = Evaluation(float(nll), tokens, 0, {})
-  return {"sparsity": level, "loss": found.loss, "perplexity": found.perplexity}

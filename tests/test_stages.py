@@ -148,7 +148,9 @@ def test_a_run_in_phases_on_conversations_resumes_and_reports_each(text, tmp_pat
 
   # the record is enough to repeat it
   repeated = stages_of(repeat.get_config(str(once)), once)
-  assert [stage.config.to_dict() for stage in repeated] == [s.config.to_dict() for s in stages_of(config(), once)]
+  assert [stage.config.to_dict() for stage in repeated] == [
+    stage.config.to_dict() for stage in stages_of(experiment.with_bos(config(), once), once)
+  ]
 
   (alone,) = stages_of(repeat.get_config(str(once / "phases/last")), tmp_path)  # a phase, from the one before it
   assert alone.init == once / "phases/sft" and alone.config.data.mixture == config().phases.last.data.mixture

@@ -124,7 +124,7 @@ def test_an_exported_folder_has_bos_in_transformers_where_the_model_has_it(kind,
   from transformers import AutoTokenizer
 
   source, names = tmp_path / "source", {"bos_token": "<s>", "eos_token": "</s>"}
-  save_huggingface(source, "Llama", {})
+  save_huggingface(source, "Llama", {"vocab_size": 512})
   config = json.loads((source / "config.json").read_text())
   if kind == "sentencepiece":
     shutil.copy(request.getfixturevalue("shared_data") / "stories260k" / "tokenizer.model", source)

@@ -15,7 +15,7 @@ from tsparse.convert.families import HEAD, IGNORED, read_config
 from tsparse.convert.leaf import Leaf
 from tsparse.data import tokenizer_files
 from tsparse.data.encoding import first_token, load_tokenizer, same_tokenizer
-from tsparse.data.tokenizer import FILES, Source, Tokenizer, read_tokenizer
+from tsparse.data.tokenizer import FILES, Source, read_tokenizer
 from tsparse.errors import UserError
 
 SHARD_BYTES = 5 * 10**8  # of a file: safetensors wants all its tensors in memory
@@ -255,13 +255,13 @@ def put_bos(folder: Path, bos: str):
   if tokenizer.adds_bos == (first is not None):
     return
   whole = json.loads(source.content)
-  whole["post_processor"] = _post_processor(None if first is None else (token, first), _last(tokenizer, source))
+  whole["post_processor"] = _post_processor(None if first is None else (token, first), _last(source))
   files.write(Path(source.path), json.dumps(whole, ensure_ascii=False))
   if source.adds_bos is not None:  # the class would not heed it
     files.write(path, files.to_json(fields | {"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def _last(tokenizer: Tokenizer, source: Source) -> tuple[str, int] | None:
+def _last(source: Source) -> tuple[str, int] | None:
   """The token, and its id, that the post-processor of a tokenizer.json puts behind a text, if it puts one."""
   import tokenizers  # here, so that importing this module stays light
 

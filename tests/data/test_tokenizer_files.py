@@ -107,7 +107,7 @@ def test_an_export_without_its_tokenizer_says_so_and_takes_another(tmp_path, mis
   save_huggingface(source, *CASES["llama"])
   convert(source, tmp_path / "without", "hf", console=Console())
   assert "is written without a tokenizer; name one by --tokenizer" in " ".join(capsys.readouterr().out.split())
-  with pytest.raises(UserError, match="--format=gguf needs a tokenizer; name one by --tokenizer"):
+  with pytest.raises(UserError, match="a GGUF needs a tokenizer; name one by --tokenizer"):
     convert(source, tmp_path / "gguf", "gguf")
   with pytest.raises(UserError, match="has 32000 ids and the model embeds 97"):
     convert(source, tmp_path / "with", "hf", tokenizer=mistral)

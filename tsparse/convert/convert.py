@@ -91,7 +91,7 @@ def with_tokenizer(model: Model, given: str, format: str, console: Console) -> M
   """The model with the tokenizer `given` or its own, or with "" where that cannot be read, which is warned of.
 
   Raises:
-    UserError: the tokenizer given cannot be read or is another model's, or the format cannot be without.
+    UserError: the tokenizer given cannot be read, or is another model's.
   """
   vocabulary = given or model.vocabulary
   try:
@@ -99,8 +99,8 @@ def with_tokenizer(model: Model, given: str, format: str, console: Console) -> M
   except UserError as error:
     if given:
       raise UserError(f"--tokenizer={given}: {error}") from None
-    if format in GGUF:
-      raise UserError(f"--format={format} needs a tokenizer; name one by --tokenizer. {error}") from None
+    if format in GGUF:  # which cannot be without: its plan says so, once it is known that there can be one
+      return model
     warn(console, f"{model.path} is written without a tokenizer; name one by --tokenizer. {error}")
     return dataclasses.replace(model, vocabulary="")
   check_embedded(tokenizer, model.config.vocab_size)

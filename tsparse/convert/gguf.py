@@ -29,6 +29,7 @@ from tsparse.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from tsparse.convert.leaf import Leaf, cast
 from tsparse.convert.model import Model
 from tsparse.convert.rules import Rule
+from tsparse.data.encoding import load_tokenizer
 from tsparse.errors import UserError
 from tsparse.models.config import ModelConfig
 from tsparse.models.rope import parse_scaling, rotary_frequencies
@@ -316,6 +317,10 @@ def _plan(
     "layer_norm_rms_eps": config.norm_eps,
     **fields,
   }
+  try:
+    load_tokenizer(model.vocabulary)
+  except UserError as error:
+    raise UserError(f"a GGUF needs a tokenizer; name one by --tokenizer. {error}") from None
   vocabulary = read_vocabulary(model.vocabulary, config.vocab_size, model.bos)
   return Plan(file, magic, architecture, tensors, fields, vocabulary, warnings=warnings)
 

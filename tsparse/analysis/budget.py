@@ -132,13 +132,16 @@ def first_batches(text: EvaluationSet, number: int) -> EvaluationSet:
   if number >= len(text.batches):
     return text
   ids = np.asarray(text.document_ids[:number])
+  tokens = int((ids >= 0).sum())
   return dataclasses.replace(
     text,
     batches=text.batches[:number],
     document_ids=text.document_ids[:number],
     documents=int(ids.max()) + 1,
-    tokens=int((ids >= 0).sum()),
+    tokens=tokens,
     complete=False,
+    cut=0,  # "budget" says why there are no more tokens, not the number that was asked for
+    limit=tokens,
   )
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, or stopped by SIGTERM with everything saved; 2 bad input (on
 """
 
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ def script(main: Callable[..., None], description: str, words: Sequence[str] = (
   if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
     print(f"{description.strip()}\n\nflags:{flags.FLAGS.module_help(sys.argv[0])}")
     sys.exit(0)
+  logging.addLevelName(logging.WARNING, "warning")
+  logging.basicConfig(format="%(levelname)s: %(message)s")  # as other sentences here: not WARNING:absl:
   try:
     main(*parse(sys.argv, words))
   except UserError as error:
@@ -38,7 +41,7 @@ def script(main: Callable[..., None], description: str, words: Sequence[str] = (
     print(f"stopped: {stop}", file=sys.stderr)
     sys.exit(stop.exit_code)
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint, if there is one.", file=sys.stderr)
+    print("interrupted; a training goes on from its last checkpoint when it is started again.", file=sys.stderr)
     sys.exit(130)
 
 

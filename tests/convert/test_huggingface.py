@@ -17,7 +17,7 @@ from configs import stories_relufy
 from tsparse import experiment
 from tsparse.convert.convert import _cast, convert
 from tsparse.convert.families import export_format, read_config
-from tsparse.convert.huggingface import _tensors, write_directory
+from tsparse.convert.huggingface import _tensors, copy_tokenizer, write_directory
 from tsparse.convert.leaf import Leaf
 from tsparse.convert.model import open_model
 from tsparse.convert.rules import to_theirs
@@ -150,6 +150,14 @@ def test_an_exported_folder_has_bos_in_transformers_where_the_model_has_it(kind,
     ids = theirs("a cat").input_ids
     ends = [2] if kind == "json_that_ends" else []
     assert ids == [*([] if first is None else [first]), *theirs("a cat", add_special_tokens=False).input_ids, *ends]
+
+
+def test_generation_in_transformers_ends_where_a_lone_sentencepiece_model_does(shared_data, tmp_path):
+  shutil.copy(shared_data / "stories260k" / "tokenizer.model", tmp_path / "pieces.model")
+  (tmp_path / "out").mkdir()
+  copy_tokenizer(str(tmp_path / "pieces.model"), tmp_path / "out")
+  ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+  assert ends == {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def parameters(model):

@@ -169,7 +169,7 @@ def test_a_chat_is_written_as_chatml_and_ends_with_its_token(tmp_path):
       encode_prompt(tokenizer, bos=None, chat=True, **said)
   with pytest.raises(UserError, match="no such token"):
     stop_tokens(tokenizer, tmp_path, ["<nope>"], chat=False)
-  assert stop_tokens(load_tokenizer("bytes"), tmp_path, ["</s>", "<0x0A>"], chat=False) == {1, 7, 9, 13}
+  assert stop_tokens(load_tokenizer("bytes"), tmp_path, ["</s>", "<0x0A>", "a"], chat=False) == {1, 7, 9, 13, 100}
 
 
 def test_bos_is_before_a_prompt_where_the_model_has_it_and_the_request_decides_otherwise(tiny):

@@ -118,7 +118,7 @@ def fitted(
     "of_batches": sum(len(text.batches) for text in analysed.values()),
   }
   found["why"] = (
-    f"Only the first {found['batches']:,} of {found['of_batches']:,} batches were evaluated, {found['tokens']:,} of "
+    f"Of {found['of_batches']:,} batches only the first, {found['batches']:,}, are evaluated, {found['tokens']:,} of "
     f"{found['of']:,} tokens: all of them were estimated to take longer than the {minutes:g} minutes of the limit "
     "(config.analysis.minutes, or --minutes of analyze.py; 0 is no limit)."
   )

@@ -85,8 +85,14 @@ def analyze_cases(
   cases, limited = budget.fitted(cases, speed, minutes, record)
   total, tokens = sum(map(budget.forwards, cases)), cases[0].data.tokens
   passes, took = total / len(cases[0].data.batches), sum(budget.seconds(cases, speed))
-  sentence = f"{passes:.1f} forward passes over {tokens:,} tokens, about {budget.duration(took)} and compiling"
-  for line in (*([limited["why"]] if limited else []), sentence):
+  lines = [limited["why"]] if limited else []
+  lines += [f"{passes:.1f} forward passes over {tokens:,} tokens, about {budget.duration(took)} and compiling"]
+  if minutes and took > 60 * minutes:
+    lines += [
+      f"That is more than the {minutes:g} minutes of the limit: a batch is the least that is evaluated. Fewer rows in "
+      "a batch, fewer levels or fewer parts take less."
+    ]
+  for line in lines:
     console.print(f"analysis  {line}", highlight=False, soft_wrap=True)
   models = []
   with ProgressLine(console, "analysis", 0, total) as bar:
@@ -190,7 +196,7 @@ def run(
   seq_len = seq_len or min(model.row for model in stored)
   if seq_len > limit:
     raise UserError(f"--seq_len={seq_len} is more than the {limit} tokens that the models are made for: lower it.")
-  batch_size = sharding.evaluation_rows(batch_size)
+  batch_size = sharding.evaluation_rows(batch_size, usual=min(16, -(-tokens // seq_len)))
   mesh = sharding.evaluation_mesh(model.config.d_model for model in stored)
   for model in stored:
     check_fits(model, mesh)

@@ -330,12 +330,13 @@ def notes(analysis: dict) -> list[str]:
   """The sentences that belong under the tables: what was evaluated, and what a comparison of losses cannot tell."""
   models = files.strict(analysis)["models"]
   result = []
-  texts = [(m["data"], m.get("tokens"), m.get("documents"), m.get("note")) for m in models]
+  texts = [(m["data"], m.get("tokens"), m.get("documents"), m.get("note"), m.get("real_tokens")) for m in models]
   for data in dict.fromkeys(texts):
     names = [m["name"] for m, text in zip(models, texts, strict=True) if text == data]
     who = "" if len(names) == len(models) else f" ({', '.join(names)})"
     documents = "" if data[2] is None else f" in {data[2]:,} document{'s' * (data[2] != 1)}"
-    tokens = "" if data[1] is None else f", {data[1]:,} tokens{documents}"
+    of = "" if data[4] in (None, data[1]) else f"scored of {data[4]:,} "  # of conversations the assistant's alone
+    tokens = "" if data[1] is None else f", {data[1]:,} {of}tokens{documents}"
     note = f" ({data[3]})" if data[3] else ""
     result.append(f"Evaluated{who} on {data[0]}{tokens}{note}; loss is in nats per token.")
   leaks = (analysis.get("leakage") or {}).items()

@@ -104,6 +104,12 @@ def with_tokenizer(model: Model, given: str, format: str, console: Console) -> M
     warn(console, f"{model.path} is written without a tokenizer; name one by --tokenizer. {error}")
     return dataclasses.replace(model, vocabulary="")
   check_embedded(tokenizer, model.config.vocab_size)
+  if vocabulary == "bytes" and format == "hf":
+    warn(
+      console,
+      f"{model.path} is written without a tokenizer, as transformers has none of bytes: the id of a byte is its value "
+      f"plus 3, BOS is {tokenizer.bos} and EOS is {tokenizer.eos}.",
+    )
   return dataclasses.replace(model, vocabulary=vocabulary)
 
 

@@ -214,15 +214,17 @@ def _adds_eos(folder: Path) -> bool:
 
 
 def copy_tokenizer(vocabulary: str, target: Path):
-  """Copies the files of a tokenizer; BOS and EOS go to generation_config.json if there is none.
+  """Copies the files of a tokenizer; its BOS and EOS go to generation_config.json if there is none, for transformers.
 
   Args:
     vocabulary: a folder with a tokenizer's files, or one of them.
     target: a folder.
   """
   tokenizer_files.copy_files(vocabulary, target)
-  ids = tokenizer_files.special_ids(vocabulary)
-  if ids and not (target / "generation_config.json").exists():
+  tokenizer = load_tokenizer(vocabulary)
+  own = {"bos_token_id": tokenizer.bos} if tokenizer.bos != tokenizer.eos else {}
+  ids = own | {"eos_token_id": tokenizer.eos} | tokenizer_files.special_ids(vocabulary)
+  if not (target / "generation_config.json").exists():
     files.write(target / "generation_config.json", files.to_json(ids))
   beside = target / "tokenizer.json"  # of the two it would be read
   if vocabulary.endswith(".model") and beside.exists() and not _same(str(beside), vocabulary):

@@ -299,7 +299,8 @@ class EvaluationSet:
   def note(self) -> str:
     """Why they are not whole documents, or fewer tokens than 99 % of what was asked for; "" where neither is so."""
     if self.cut:
-      return f"{self.cut} of the documents cut at the {self.limit:,} tokens asked for"
+      which = "" if self.documents == 1 else f"{self.cut} of the documents "
+      return f"{which}cut at the {self.limit:,} tokens asked for"
     return "" if self.tokens >= 0.99 * self.limit else f"all of the text: {self.limit:,} tokens were asked for"
 
   @property

@@ -29,17 +29,23 @@ def encode_prompt(
 
 
 def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: bool) -> set[int]:
-  """The ids that end a text: EOS, those of the model's generation_config.json, and the tokens called `names`.
+  """The ids that end a text: EOS, those of the model's generation_config.json, and the tokens `names`.
+
+  A name is a token as the tokenizer spells it (`</s>`), or text that is one token.
 
   Raises:
     UserError: the tokenizer has no such token, or generation_config.json is damaged.
   """
-  unknown = [name for name in names if name not in tokenizer.table]
-  if unknown:
-    raise UserError(
-      f"--stop_token={unknown[0]}: the tokenizer {tokenizer.path} has no such token; text that is several tokens is "
-      "given as --stop."
-    )
+
+  def id_of(name: str) -> int:
+    ids = [tokenizer.table[name]] if name in tokenizer.table else list(tokenizer.encode(name))
+    if len(ids) != 1 or ids == [tokenizer.unk]:
+      raise UserError(
+        f"--stop_token={name}: the tokenizer {tokenizer.path} has no such token; text that is several tokens is given "
+        "as --stop."
+      )
+    return ids[0]
+
   names = [*names, END] if chat and END in tokenizer.table else names
   path = folder / "generation_config.json"
   try:
@@ -47,7 +53,7 @@ def stop_tokens(tokenizer: Tokenizer, folder: Path, names: Sequence[str], chat: 
   except (OSError, ValueError, AttributeError) as error:
     raise UserError(f"{path} cannot be read ({error}): fetch it again, or take it away.") from None
   listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-  return {tokenizer.eos, *listed, *(tokenizer.table[name] for name in names)}
+  return {tokenizer.eos, *listed, *map(id_of, names)}
 
 
 class Stream:

@@ -311,10 +311,10 @@ def adapted(config: ml_collections.ConfigDict) -> str:
   warmup, lanes = warmup_steps(settings), lanes_of(settings.batch_size, asked)
   parts = []
   if warmup != settings.warmup_steps:
-    parts.append(f"train.warmup_steps={settings.warmup_steps} do not fit in train.steps={settings.steps}: {warmup}")
+    parts.append(f"train.warmup_steps is {warmup}, as {settings.warmup_steps} do not fit in {settings.steps} steps")
   if lanes != asked:
-    parts.append(f"data.lanes={asked} do not divide train.batch_size={settings.batch_size}: {lanes}")
-  return ", ".join(f"{part} are taken" for part in parts)
+    parts.append(f"data.lanes is {lanes}, as {asked} do not divide a batch of {settings.batch_size} rows")
+  return "; ".join(parts)
 
 
 def _with(train_step: Callable, own: Any, state: TrainState, batch: dict[str, jax.Array]) -> Any:

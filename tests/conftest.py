@@ -1,8 +1,11 @@
 """Tests run on 8 virtual CPU devices; set before JAX is imported."""
 
 import atexit
+import ctypes
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,3 +36,17 @@ def shared_data():
   if not folder.is_dir():
     pytest.skip(f"no test data at {folder}; set TSPARSE_TEST_DATA")
   return folder
+
+
+MUCH_MEMORY = 2 << 30  # bytes of a worker; the largest file of tests adds less than as much again
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+  """Has a worker that grew forget its compiled programs after a file of tests: the cache on disk still has them."""
+  yield
+  pages = int(Path("/proc/self/statm").read_text().split()[1])
+  if "jax" in sys.modules and pages * os.sysconf("SC_PAGE_SIZE") > MUCH_MEMORY:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)

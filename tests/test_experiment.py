@@ -185,8 +185,8 @@ def test_few_steps_and_small_batches_take_less_than_the_defaults_and_say_so(step
   one = sharding.make_mesh(config.mesh, jax.devices()[:1])
   check_step(config, one, "cpu")
   assert adapted(config) == (
-    f"train.warmup_steps=50 do not fit in train.steps={steps}: {steps - 1} are taken, "
-    f"data.lanes=8 do not divide train.batch_size={rows}: {rows} are taken"
+    f"train.warmup_steps is {steps - 1}, as 50 do not fit in {steps} steps; "
+    f"data.lanes is {rows}, as 8 do not divide a batch of {rows} rows"
   )
   assert (config.train.warmup_steps, config.data.lanes) == (50, 8)  # the record is what was asked for
   assert adapted(small(text)) == ""
@@ -200,6 +200,7 @@ def test_a_vocabulary_smaller_than_the_models_is_fine(text):
 
 def test_a_workdir_has_one_writer_and_many_readers(text, tmp_path):
   config, writer = small(text, tiny_moe_drelu), tmp_path / "writer"
+  config.data.bos = "on"  # as the run records it
   experiment.run(config, writer, quiet())
   unfinished = writer / "checkpoints" / "99.orbax-checkpoint-tmp"
   unfinished.mkdir()

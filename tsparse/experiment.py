@@ -120,10 +120,11 @@ def with_bos(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections
   if bos == "auto" and (workdir / "config.json").exists():
     bos = workdirs.read_config(workdir).get("data", {}).get("bos", "on")  # on: before there was a choice
   else:
-    if bos == "auto" and config.init:
-      bos = open_model(Path(config.init)).bos
-    if bos == "auto":
-      bos = "off" if first_token(load_tokenizer(config.data.vocabulary), bos) is None else "on"
+    with contextlib.suppress(UserError):  # what cannot be read `check` names, in its order
+      if bos == "auto" and config.init:
+        bos = open_model(Path(config.init)).bos
+      if bos == "auto":
+        bos = "off" if first_token(load_tokenizer(config.data.vocabulary), bos) is None else "on"
   config = copy.deepcopy(config)
   with config.unlocked():
     config.data.bos = bos

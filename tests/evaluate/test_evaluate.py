@@ -109,10 +109,10 @@ def numbers(answers):
 def assert_equal(out, setting, want, masked=False):
   """That questions have the same log-likelihoods and texts, and tasks the same scores and errors.
 
-  Of two nearly equal entries of the hidden a mask keeps one, here another than there now and then: it moves the few
-  answers that saw it, by little.
+  Of two nearly equal entries of the hidden a mask keeps one, here another than there now and then, by the rounding of
+  the CPU: it moves the few answers that saw it, by little; a long text's, which is a sum over its tokens, by more.
   """
-  away = []
+  away, size = [], []
   results = json.loads((out / f"results_{setting}.json").read_text())
   assert set(want) - {"samples"} <= set(results) and set(want["results"]) == set(results["results"])
   assert "±" in make_table(results)  # lm-eval reads it as its own
@@ -128,8 +128,9 @@ def assert_equal(out, setting, want, masked=False):
           (ours_is, *greedy), (theirs_is, *likeliest) = np.atleast_1d(answer), np.atleast_1d(other)
           assert greedy == likeliest
           away.append(abs(ours_is - theirs_is))
-  away = np.array(away)
-  assert (away < 1e-3).mean() > 0.9 and away.max() < 1e-2 if masked else (away < 1e-3).all()
+          size.append(abs(theirs_is))
+  away, near = np.array(away), np.maximum(1e-2, 1e-3 * np.array(size))
+  assert (away < 1e-3).mean() > 0.9 and (away < near).all() if masked else (away < 1e-3).all()
 
 
 def test_a_real_model_answers_as_by_transformers_whole_and_masked(shared_data, tmp_path):

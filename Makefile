@@ -1,4 +1,4 @@
-# make demo    ReLUfy a tiny model end to end: 3 to 4 minutes on 2 cores, and 2 to install
+# make demo    ReLUfy a tiny model end to end: 2 to 3 minutes on 2 cores, and 2 to install
 # make test    the whole test suite
 # make lint    ruff
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)

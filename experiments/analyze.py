@@ -40,7 +40,7 @@ EXPORT = flags.DEFINE_string(
 )
 TOKENS = flags.DEFINE_integer("tokens", 65_536, "Tokens to evaluate; fewer where the text ends.", lower_bound=1)
 MINUTES = flags.DEFINE_float(
-  "minutes", 10.0, "Less of the text is evaluated where all would take longer; 0 is no limit.", lower_bound=0.0
+  "minutes", 10.0, "Minutes to evaluate; less of the text where all takes longer, 0 is no limit.", lower_bound=0.0
 )
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Rows of a forward pass. Default: 16, or one for each device.", lower_bound=1

@@ -61,18 +61,18 @@ def run(config: ml_collections.ConfigDict, workdir: Path, console: Console | Non
   """
   console = (console or Console()) if hosts.is_main() else Console(quiet=True)
   check_sections(config)
-  config = with_bos(config, workdir)
-  recorded = stages_of(config, workdir)
   vocabulary = vocabulary_of(workdir, config.data.vocabulary)
-  stages = [stage.reading(vocabulary) for stage in recorded]
-  config = next(stage.config for stage in stages if stage.name == "main")
   with console.status("reading the data"):
-    for stage, stated in zip(stages, recorded, strict=True):
+    for stage in stages_of(config, workdir):
       try:
-        check(stage.config)
+        check(stage.reading(vocabulary).config)
       except UserError as error:
         raise UserError(f"{stage.place}{error}") from None
-      workdirs.check_free(stage.folder, stated.config)
+    recorded = stages_of(with_bos(config, workdir), workdir)
+    for stage in recorded:
+      workdirs.check_free(stage.folder, stage.config)
+    stages = [stage.reading(vocabulary) for stage in recorded]
+    config = next(stage.config for stage in stages if stage.name == "main")
     texts = held_out_texts(stages, config)
     leaks = leaks_of(stages)
     lines = [describe(data_settings(config.data)), held_out_line(config.data, texts["main"])]
@@ -120,11 +120,10 @@ def with_bos(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections
   if bos == "auto" and (workdir / "config.json").exists():
     bos = workdirs.read_config(workdir).get("data", {}).get("bos", "on")  # on: before there was a choice
   else:
-    with contextlib.suppress(UserError):  # what cannot be read `check` names, in its order
-      if bos == "auto" and config.init:
-        bos = open_model(Path(config.init)).bos
-      if bos == "auto":
-        bos = "off" if first_token(load_tokenizer(config.data.vocabulary), bos) is None else "on"
+    if bos == "auto" and config.init:
+      bos = open_model(Path(config.init)).bos
+    if bos == "auto":
+      bos = "off" if first_token(load_tokenizer(config.data.vocabulary), bos) is None else "on"
   config = copy.deepcopy(config)
   with config.unlocked():
     config.data.bos = bos

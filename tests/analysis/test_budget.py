@@ -60,7 +60,7 @@ def test_texts_are_cut_alike_and_the_record_is_kept_to_by_other_machines(tmp_pat
     4,
     10,
   )
-  assert f"Of 10 batches only the first, 4, are evaluated, {text.tokens} of {said['of']} tokens" in said["why"]
+  assert f"the first {text.tokens} of {said['of']} tokens are evaluated, which fill 4 of 10 batches" in said["why"]
   fast = budget.Speed(0.0, 1e-6)
   assert budget.fitted(cases(), fast, 0.45 * whole, record)[1] == said  # by the record
   assert budget.fitted(cases(), fast, 0.5 * whole, record)[1] is None  # other minutes: decided anew
@@ -89,7 +89,7 @@ def test_an_analysis_says_how_much_it_evaluated_and_why(tmp_path, monkeypatch):
   assert limited["why"] in printed and f"1.0 forward passes over {limited['tokens']} tokens, about 50 s" in printed
   made = analyze([tmp_path / "model"], text, tmp_path / "less", minutes=0.1, batch_size=8, console=console)
   assert made["budget"]["batches"] == 1
-  assert "more than the 0.1 minutes of the limit: a batch is the least" in console.export_text()
+  assert "more than the limit of 0.1 minutes, as at least one batch is evaluated" in console.export_text()
   assert limited["why"] in json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
   assert limited["why"].split(":")[0] in (tmp_path / "out" / "report.html").read_text()
 

@@ -118,8 +118,8 @@ def fitted(
     "of_batches": sum(len(text.batches) for text in analysed.values()),
   }
   found["why"] = (
-    f"Of {found['of_batches']:,} batches only the first, {found['batches']:,}, are evaluated, {found['tokens']:,} of "
-    f"{found['of']:,} tokens: all of them were estimated to take longer than the {minutes:g} minutes of the limit "
+    f"Only the first {found['tokens']:,} of {found['of']:,} tokens are evaluated, which fill {found['batches']:,} of "
+    f"{found['of_batches']:,} batches: all of them were estimated to take longer than the limit of {minutes:g} minutes "
     "(config.analysis.minutes, or --minutes of analyze.py; 0 is no limit)."
   )
   return fitting, found

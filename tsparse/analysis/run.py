@@ -89,8 +89,8 @@ def analyze_cases(
   lines += [f"{passes:.1f} forward passes over {tokens:,} tokens, about {budget.duration(took)} and compiling"]
   if minutes and took > 60 * minutes:
     lines += [
-      f"That is more than the {minutes:g} minutes of the limit: a batch is the least that is evaluated. Fewer rows in "
-      "a batch, fewer levels or fewer parts take less."
+      f"That is more than the limit of {minutes:g} minutes, as at least one batch is evaluated: a smaller batch size, "
+      "fewer levels or fewer parts take less."
     ]
   for line in lines:
     console.print(f"analysis  {line}", highlight=False, soft_wrap=True)

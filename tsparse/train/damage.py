@@ -59,8 +59,8 @@ def failure_to_read(what: str, error: BaseException) -> Exception:
   if isinstance(error, PermissionError) or "PERMISSION_DENIED" in reason:
     return UserError(f"{what} cannot be read ({reason}): make it readable; nothing was moved.")
   return RunFailure(
-    f"{what} could not be read, twice ({reason}). This says nothing against its files, and nothing was moved: mend "
-    "what is meant, then give the same command again."
+    f"{what} could not be read, twice ({reason}). Its files may be whole, and nothing was moved: remove the cause, "
+    "then give the same command again."
   )
 
 

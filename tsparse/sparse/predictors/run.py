@@ -116,7 +116,7 @@ def run(
   check_fits(model, mesh)
   settings = DataSettings(
     train=data, validation=validation, vocabulary=model.vocabulary, eos=model.eos, root=root, text_field=text_field,
-    bos=model.bos if bos == "auto" else bos, lanes=math.gcd(batch_size, 8), embedded=config.vocab_size,
+    bos=model.bos if bos == "auto" else bos, embedded=config.vocab_size,
   )  # fmt: skip
   sizes = {"seq_len": seq_len, "batch_size": batch_size}
   with console.status("reading the data"):

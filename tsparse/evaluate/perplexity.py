@@ -16,9 +16,9 @@ from tsparse.models.transformer import Transformer, token_losses
 from tsparse.sharding import constrain, place, replicate
 
 DEFINITIONS = {
-  "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents but "
-  "BOS (where `bos` is false: but their first), and over their end-of-text tokens where `eos` is true; a document "
-  "longer than a row is scored in pieces; of a conversation only the assistant's tokens count",
+  "loss": "mean of -ln p(token | the tokens before it in its document) in nats, over every token of the documents "
+  "after BOS (after their first, where `bos` is false), and over their end-of-text tokens where `eos` is true; a "
+  "document longer than a row is scored in pieces; of a conversation only the assistant's tokens count",
   "perplexity": "exp(loss), per token of the model's own tokenizer (bytes, for the byte vocabulary)",
 }
 
